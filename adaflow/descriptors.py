@@ -1,0 +1,116 @@
+"""Token descriptors: diffusion features of the clean frames (DIFT, arXiv 2306.03881) at every layer resolution."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .storage import SafetensorsReader, SafetensorsWriter
+
+FORMAT = "adaflow-descriptors-1"
+LEVELS = 4
+Area = tuple[int, int, int, int]  # height, width, top, left in latent pixels, as ComfyUI's areas
+
+
+def layer_sizes(height: int, width: int, levels: int = LEVELS) -> list[tuple[int, int]]:
+    """(height, width) of a UNet's layers for a latent of ``height`` x ``width``: halved and rounded up each level."""
+    sizes = [(height, width)]
+    for _ in range(levels - 1):
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    return sizes
+
+
+def resize_tokens(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Descriptor maps as L2-normalised tokens of another resolution.
+
+    Args:
+        maps: (frames, channels, height, width).
+        size: (height, width) to resize to, bilinearly.
+
+    Returns:
+        (frames, height * width, channels).
+    """
+    if tuple(maps.shape[2:]) != tuple(size):
+        maps = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return F.normalize(maps.flatten(2).transpose(1, 2), dim=-1)
+
+
+class DescriptorWriter:
+    """Takes feature maps frame by frame, in any order, and stores them normalised.
+
+    Args:
+        path: file to make.
+        shape: (frames, channels, height, width).
+        model, clip: signatures of the model and of the clip's latent.
+        slice_rgb: y-t slice of the clip, (frames, height, 3) in 0 .. 1, to draw the keyframe selection on.
+        dtype: float16 or float32.
+    """
+
+    def __init__(self, path: Path, shape, model: str, clip: str, slice_rgb: Tensor, dtype=torch.float16):
+        names = {"descriptors": (dtype, tuple(shape)), "slice_rgb": (torch.float32, tuple(slice_rgb.shape))}
+        self._writer = SafetensorsWriter(path, names, {"format": FORMAT, "model": model, "clip": clip})
+        self._writer.write("slice_rgb", slice(None), slice_rgb)
+        self._missing = set(range(shape[0]))
+
+    def write(self, frames: list[int], maps: Tensor) -> None:
+        """Store features (frames, channels, height, width) of ``frames``."""
+        maps = F.normalize(maps.float(), dim=1)
+        for frame, values in zip(frames, maps, strict=True):
+            self._writer.write("descriptors", frame, values)
+        self._missing.difference_update(frames)
+
+    def close(self) -> "Descriptors":
+        """Raises ValueError when a frame was never written."""
+        if self._missing:
+            self.discard()
+            raise ValueError(f"{len(self._missing)} frames have no descriptors, the first is {min(self._missing)}")
+        return Descriptors(self._writer.close())
+
+    def discard(self) -> None:
+        self._writer.discard()
+
+
+class Descriptors:
+    """Reads descriptors from disk as needed.
+
+    Attributes:
+        frames, shape: number of frames; (frames, channels, height, width).
+        model, clip: signatures of the model that made them and of the clip.
+    """
+
+    def __init__(self, path: Path):
+        self._reader = SafetensorsReader(path)
+        if self._reader.metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} does not hold descriptors of format {FORMAT}")
+        self.path = Path(path)
+        self.model, self.clip = self._reader.metadata["model"], self._reader.metadata["clip"]
+        self.shape = self._reader.shape("descriptors")
+        self.frames = self.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the maps, the latent's."""
+        return self.shape[2], self.shape[3]
+
+    def slice_rgb(self) -> Tensor:
+        """y-t slice of the clip, (frames, height, 3) in 0 .. 1."""
+        return self._reader.read("slice_rgb", slice(None))
+
+    def tokens(self, frames: list[int], size=None, area: Area | None = None, device=None, dtype=None) -> Tensor:
+        """Normalised descriptors at a layer's resolution.
+
+        Args:
+            frames: frame numbers.
+            size: (height, width) of the layer; the stored size by default.
+            area: part of the latent that the layer works on; all of it by default.
+
+        Returns:
+            (frames, height * width, channels), float32 unless ``dtype`` says otherwise.
+        """
+        runs = frames if len(frames) != frames[-1] - frames[0] + 1 else slice(frames[0], frames[-1] + 1)
+        maps = self._reader.read("descriptors", runs).to(device).float()
+        if area is not None:
+            height, width, top, left = area
+            maps = maps[:, :, top : top + height, left : left + width]
+        return resize_tokens(maps, size or tuple(maps.shape[2:])).to(dtype or torch.float32)

@@ -1,0 +1,155 @@
+"""EditPlan: clips, keyframe draws, KV selections and correspondences; what one edit knows before it samples."""
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .correspondence import index_dtype, nearest_tokens
+from .descriptors import Area, Descriptors
+from .keyframes import Clips, KeyframeDraws
+from .propagation import blend_weight
+from .slimming import select_kv
+
+Size = tuple[int, int]
+MATCH_FRAMES = 8  # matched with their keyframe in one go
+
+
+class BoundedCache:
+    """Tensors by key, the least recently used dropped beyond ``max_bytes``."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """The tensor at ``key``, or None."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+        return self._entries.get(key)
+
+    def put(self, key: Hashable, value: Tensor) -> None:
+        """Keep a tensor that :meth:`get` did not have."""
+        self._entries[key] = value
+        self._bytes += value.nbytes
+        while self._bytes > self.max_bytes and len(self._entries) > 1:
+            self._bytes -= self._entries.popitem(last=False)[1].nbytes
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """Which keyframes each of some frames takes its attention outputs from.
+
+    Attributes:
+        frames: frame numbers.
+        keyframes: for each frame, its keyframe.
+        neighbours: for each frame, the keyframe it is blended with, or its own keyframe again where there is none.
+        weights: for each frame, the weight of ``keyframes``'s output; 1 where there is no neighbour.
+    """
+
+    frames: tuple[int, ...]
+    keyframes: tuple[int, ...]
+    neighbours: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass
+class EditPlan:
+    """What the method decides from the descriptors alone, before any sampling.
+
+    Matches and selections depend on descriptors only, so they are made once for each keyframe and layer resolution,
+    when first asked for, and kept.
+
+    Args:
+        descriptors: of all frames.
+        clips: where the content changes.
+        draws: which keyframes each step uses.
+    """
+
+    descriptors: Descriptors
+    clips: Clips
+    draws: KeyframeDraws
+    cache_bytes: int = 1 << 30
+    device: torch.device | str = "cpu"
+    _matches: BoundedCache = field(init=False, repr=False)
+    _kept: BoundedCache = field(init=False, repr=False)
+
+    def __post_init__(self):
+        if self.clips.frames != self.descriptors.frames:
+            raise ValueError(f"clips of {self.clips.frames} frames, descriptors of {self.descriptors.frames}")
+        self.draws.check(self.clips)
+        self._matches, self._kept = BoundedCache(self.cache_bytes), BoundedCache(self.cache_bytes)
+
+    @property
+    def frames(self) -> int:
+        return self.clips.frames
+
+    def keyframes(self, step: int) -> tuple[int, ...]:
+        """Ascending keyframes of a sampling step, one for each clip."""
+        return self.draws.at(step, self.clips)
+
+    def propagation(self, frames: list[int], keyframes: tuple[int, ...], interpolate: bool) -> Propagation:
+        """Where ``frames`` take their outputs from, given a step's ascending ``keyframes``.
+
+        With ``interpolate`` a frame is blended with the keyframe of the neighbouring clip on its other side
+        (arXiv 2307.10373, section 4.2); the frames before the first and after the last keyframe have none.
+        """
+        own = [keyframes[self.clips.of(frame)] for frame in frames]
+        neighbours, weights = list(own), [1.0] * len(frames)
+        if interpolate:
+            for row, (frame, keyframe) in enumerate(zip(frames, own, strict=True)):
+                other = self.clips.of(frame) + (1 if frame > keyframe else -1)
+                if frame != keyframe and 0 <= other < len(keyframes):
+                    neighbours[row] = keyframes[other]
+                    weights[row] = blend_weight(frame, keyframe, keyframes[other])
+        return Propagation(tuple(frames), tuple(own), tuple(neighbours), tuple(weights))
+
+    def matches(self, frames: list[int], keyframes: tuple[int, ...], size: Size, area: Area | None = None) -> Tensor:
+        """Nearest token of each frame's keyframe, for each of the frame's tokens.
+
+        Args:
+            frames: frame numbers.
+            keyframes: keyframe of each frame.
+            size: (height, width) of the layer.
+            area: part of the latent the layer works on.
+
+        Returns:
+            (frames, height * width) int16 or int32, on the CPU.
+        """
+        keys = [(frame, keyframe, size, area) for frame, keyframe in zip(frames, keyframes, strict=True)]
+        rows = {key: self._matches.get(key) for key in keys}
+        for keyframe in dict.fromkeys(keyframes):
+            missing = [key for key, row in rows.items() if key[1] == keyframe and row is None]
+            for start in range(0, len(missing), MATCH_FRAMES):
+                rows |= self._match(missing[start : start + MATCH_FRAMES])
+        return torch.stack([rows[key] for key in keys])
+
+    def _match(self, keys: list[tuple]) -> dict[tuple, Tensor]:
+        """Match some frames with the one keyframe that all of ``keys`` name, and keep the result."""
+        _, keyframe, size, area = keys[0]
+        keyframe_tokens = self.descriptors.tokens([keyframe], size, area, self.device)
+        tokens = self.descriptors.tokens([key[0] for key in keys], size, area, self.device)
+        _, index = nearest_tokens(tokens, keyframe_tokens)
+        rows = dict(zip(keys, index.to("cpu", index_dtype(tokens.shape[1])).unbind(), strict=True))
+        for key, row in rows.items():
+            self._matches.put(key, row.clone())
+        return rows
+
+    def kept(self, keyframes: tuple[int, ...], budget: int, size: Size, area: Area | None = None) -> Tensor | None:
+        """Flat indices of the keys and values that each keyframe keeps, or None for all.
+
+        Returns:
+            (keyframes, budget * height * width) int32, on the CPU.
+        """
+        if len(keyframes) <= budget:
+            return None
+
+        key = (keyframes, budget, size, area)
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = select_kv(self.descriptors.tokens(list(keyframes), size, area, self.device), budget).cpu()
+            self._kept.put(key, kept)
+        return kept

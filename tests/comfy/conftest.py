@@ -1,0 +1,48 @@
+"""An in-process ComfyUI on the CPU: the one at ``COMFYUI_PATH``, imported as its own ``main.py`` would."""
+
+import importlib
+import os
+import sys
+
+import pytest
+
+if os.environ.get("COMFYUI_PATH"):
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    _argv, sys.argv = sys.argv, ["main.py"]
+    try:
+        import comfy.options
+
+        comfy.options.enable_args_parsing(False)
+        from comfy.cli_args import args
+
+        import torch
+
+        args.cpu = not torch.cuda.is_available()
+        import comfy.model_management
+        import comfy.sample
+        import comfy.samplers
+        import comfy.sd
+        import comfy.utils
+    finally:
+        sys.argv = _argv
+
+
+def pytest_collection_modifyitems(items):
+    if not os.environ.get("COMFYUI_PATH"):
+        skip = pytest.mark.skip(reason="COMFYUI_PATH names no ComfyUI; scripts/test sets one up")
+        for item in items:
+            if "tests/comfy/" in item.path.as_posix():
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def comfy():
+    """The ``comfy`` package."""
+    return importlib.import_module("comfy")
+
+
+@pytest.fixture(scope="session")
+def pack():
+    """The pack as ComfyUI mounts it, with its nodes imported: ``pack.nodes.slim`` and so on."""
+    importlib.import_module("adaflow_pack.nodes")
+    return sys.modules["adaflow_pack"]

@@ -1,0 +1,179 @@
+"""Fast paths of the method against the float64 oracles, on fresh random inputs."""
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from adaflow_pack.adaflow.attention import extended_attention, frame_attention
+from adaflow_pack.adaflow.correspondence import index_dtype, nearest_tokens
+from adaflow_pack.adaflow.ddim import bracket, ddim_timesteps, inversion_step, sigma_to_mu
+from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
+from adaflow_pack.adaflow.propagation import blend_weight, gather_outputs
+from adaflow_pack.adaflow.slimming import select_kv, select_tokens, token_importance
+from torch.nn.functional import normalize
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def rng():
+    """A generator with a fresh seed each run; the seed is in the report of a failure."""
+    generator = torch.Generator()
+    print("seed", generator.seed())
+    return generator
+
+
+def tokens(rng, *shape):
+    return normalize(torch.randn(*shape, generator=rng, dtype=torch.float64), dim=-1)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 5, 9])
+def test_slim_extended_attention_equals_the_oracle(rng, budget):
+    q, k, v = torch.randn(3, 5, 21, 24, generator=rng, dtype=torch.float64)
+    descriptors = tokens(rng, 5, 21, 16)
+    expected = oracles.slim_attention(q, k, v, 3, descriptors, budget)
+    kept = select_kv(descriptors.float(), budget)
+    assert (kept is None) == (budget >= 5)
+    out = extended_attention(q.float(), k.float(), v.float(), 3, kept)
+    assert oracles.relative_error(out, expected) < TOLERANCE
+
+
+def test_a_budget_of_all_keyframes_is_dense_attention(rng):
+    q, k, v = torch.randn(3, 4, 9, 8, generator=rng)
+    every = torch.arange(36).expand(4, -1)
+    dense = extended_attention(q, k, v, 2)
+    assert oracles.relative_error(extended_attention(q, k, v, 2, every), dense) < TOLERANCE
+    assert oracles.relative_error(extended_attention(q[:1], k[:1], v[:1], 2), frame_attention(q, k, v, 2)[:1]) < 1e-6
+
+
+def test_a_shuffled_keyframe_order_changes_nothing(rng):
+    q, k, v = torch.randn(3, 6, 10, 8, generator=rng)
+    descriptors = tokens(rng, 6, 10, 16).float()
+    order = torch.randperm(6, generator=rng)
+    out = extended_attention(q, k, v, 2, select_kv(descriptors, 2))
+    shuffled = extended_attention(q[order], k[order], v[order], 2, select_kv(descriptors[order], 2))
+    assert oracles.relative_error(shuffled, out[order]) < TOLERANCE
+
+
+def test_importance_equals_the_oracle_and_own_tokens_stay(rng):
+    descriptors = tokens(rng, 4, 12, 8)
+    for query in range(4):
+        g = token_importance(descriptors.float(), query)
+        assert oracles.relative_error(g, oracles.importance(descriptors, query)) < TOLERANCE
+        kept = select_tokens(torch.full_like(g, 5.0), query, 1)  # every other token claims to matter more
+        assert kept.tolist() == list(range(query * 12, query * 12 + 12))
+
+
+@pytest.mark.parametrize("tile", [1, 7 * 30, 1 << 24])
+def test_tiled_matching_equals_the_oracle(rng, tile):
+    query, key = tokens(rng, 3, 31, 16), tokens(rng, 3, 30, 16)
+    similarity, index = nearest_tokens(query.float(), key.float(), tile_elements=tile)
+    for frame in range(3):
+        assert torch.equal(index[frame], oracles.nearest(query[frame], key[frame]))
+        assert oracles.relative_error(similarity[frame], (query[frame] @ key[frame].T).max(1).values) < TOLERANCE
+
+
+def test_index_types_hold_their_tokens():
+    assert index_dtype(32768) is torch.int16
+    assert index_dtype(32769) is torch.int32
+
+
+def test_propagation_gathers_and_blends(rng):
+    outputs = torch.randn(3, 7, 5, generator=rng)
+    matches = torch.randint(7, (4, 7), generator=rng).to(torch.int16)
+    slots = torch.tensor([2, 0, 1, 2])
+    out = gather_outputs(outputs, slots, matches)
+    for frame in range(4):
+        for token in range(7):
+            assert torch.equal(out[frame, token], outputs[slots[frame], matches[frame, token].long()])
+    assert blend_weight(4, 3, 7) == pytest.approx(1 / (1 + np.exp(-3 / 4)))
+
+
+def scene_video(rng, cuts, frames, size, channels=12):
+    """Descriptors of shots: each shot a map of its own that drifts a little."""
+    out, base = [], None
+    for frame in range(frames):
+        if frame in cuts or base is None:
+            base = torch.randn(size[0] * size[1], channels, generator=rng, dtype=torch.float64)
+        out.append(base + 0.25 * torch.randn(base.shape, generator=rng, dtype=torch.float64))
+        base = base + 0.08 * torch.randn(base.shape, generator=rng, dtype=torch.float64)
+    return normalize(torch.stack(out), dim=-1)
+
+
+@pytest.mark.parametrize("size", [(5, 9), (6, 33), (1, 1), (34, 3)])
+@pytest.mark.parametrize("lookahead", [1, 4, 100])
+def test_clips_are_cut_as_the_definition_says(rng, size, lookahead):
+    video = scene_video(rng, {7, 8, 19}, 30, size)
+    for thresholds in (CutThresholds(), CutThresholds(max_clip=6), CutThresholds(mean=-1, window=-1, max_clip=1)):
+        clips = cut_clips(lambda f: video[f].float(), 30, size, thresholds, lookahead)  # noqa: B023
+        expected = oracles.clip_starts(video, size, thresholds.mean, thresholds.window, thresholds.max_clip)
+        assert list(clips.starts) == expected
+    assert len(cut_clips(lambda f: video[f].float(), 1, size)) == 1
+
+
+def test_a_small_new_object_is_caught_by_the_window(rng):
+    size = (32, 32)
+    frame = tokens(rng, 1, 1024, 32)[0]
+    changed = frame.clone().view(32, 32, 32)
+    changed[4:8, 4:8] = tokens(rng, 4, 4, 32)
+    video = torch.stack([frame, changed.reshape(1024, 32)]).float()
+    assert cut_clips(lambda f: video[f], 2, size).starts == (0, 1)
+    assert cut_clips(lambda f: video[f], 2, size, CutThresholds(window=-1.0)).starts == (0,)
+
+
+def test_draws_repeat_by_seed_and_stay_in_their_clips():
+    clips = Clips((0, 4, 5, 40), 100)
+    resampled = [KeyframeDraws(seed=3).at(step, clips) for step in range(50)]
+    assert resampled == [KeyframeDraws(seed=3).at(step, clips) for step in range(50)]
+    assert resampled != [KeyframeDraws(seed=4).at(step, clips) for step in range(50)]
+    assert len(set(resampled)) > 25
+    for draw in resampled:
+        assert [clips.of(frame) for frame in draw] == [0, 1, 2, 3]
+    last = [draw[-1] for draw in resampled]
+    assert min(last) < 55 and max(last) > 85  # uniform over 40 .. 99
+    fixed = KeyframeDraws("fixed", seed=3)
+    assert fixed.at(0, clips) == fixed.at(49, clips) == resampled[0]
+    schedule = KeyframeDraws("schedule", schedule=((41, 0, 4, 5), (3, 4, 39, 99)))
+    assert schedule.at(0, clips) == (0, 4, 5, 41)
+    assert schedule.at(7, clips) == (3, 4, 39, 99)
+
+
+@pytest.mark.parametrize("frames", [(0, 4, 5), (0, 1, 5, 41), (0, 4, 5, 100)])
+def test_a_schedule_must_fit_the_clips(frames):
+    with pytest.raises(ValueError, match="step 0 of the schedule"):
+        KeyframeDraws("schedule", schedule=(frames,)).check(Clips((0, 4, 5, 40), 100))
+
+
+@pytest.mark.parametrize("steps", [1, 10, 50, 100])
+def test_inversion_equals_the_oracle(rng, steps):
+    weight = torch.randn(4, 4, generator=rng, dtype=torch.float64) / 4
+
+    def eps(x, t):
+        return torch.tanh(torch.einsum("oc,nchw->nohw", weight, x)) * (1 + t / 1000)
+
+    x0 = torch.randn(2, 4, 5, 6, generator=rng, dtype=torch.float64)
+    expected = oracles.invert(x0, eps, steps)
+    grid = [0, *ddim_timesteps(steps)]
+    sigmas = [((1 - oracles.alpha_bar(t)) / oracles.alpha_bar(t)) ** 0.5 for t in grid]
+    x = x0.float()
+    for level in range(1, len(grid)):
+        x = inversion_step(x, eps(x.double(), grid[level]).float(), sigmas[level - 1], sigmas[level])
+        assert oracles.relative_error(x, expected[level]) < TOLERANCE
+
+
+def test_the_grid_of_50_is_a_subset_of_the_grid_of_100():
+    assert ddim_timesteps(50)[:3] == [1, 21, 41] and ddim_timesteps(50)[-1] == 981
+    assert set(ddim_timesteps(50)) < set(ddim_timesteps(100))
+    for steps in (0, 1000):
+        with pytest.raises(ValueError):
+            ddim_timesteps(steps)
+
+
+def test_bracket_interpolates_in_sigma_and_continues_above():
+    grid = [0.03, 0.04, 1.0, 10.0]
+    assert bracket(grid, 0.52)[:2] == (1, 2)
+    assert bracket(grid, 0.52)[2] == pytest.approx(0.5)
+    assert bracket(grid, 1.00001) == (2, 3, 0.0)
+    assert bracket(grid, 0.0)[2] == 0.0
+    assert bracket(grid, 11.0)[2] == pytest.approx(10 / 9)
+    assert float(sigma_to_mu(1.0)) == pytest.approx(0.5**0.5)
