@@ -1,8 +1,9 @@
-"""Adaptive Keyframe Selection: clips cut where the content changes, a keyframe drawn in each (arXiv 2502.05433, 3.2)."""
+"""Adaptive Keyframe Selection: clips cut where the content changes, a keyframe in each (arXiv 2502.05433, 3.2)."""
 
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class Clips:
 
     def __post_init__(self):
         bounds = [*self.starts, self.frames]
-        if not self.starts or self.starts[0] != 0 or any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if not self.starts or self.starts[0] != 0 or any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(f"clips start at {self.starts} of {self.frames} frames; expected ascending from 0")
 
     def __len__(self) -> int:
@@ -133,14 +134,14 @@ class KeyframeDraws:
         if self.mode != "schedule":
             return
         if not self.schedule:
-            raise ValueError("draw mode is schedule, but no keyframes are given")
+            raise ValueError("no keyframes are given")
         for step, frames in enumerate(self.schedule):
             if any(not 0 <= frame < clips.frames for frame in frames):
                 raise ValueError(f"step {step} of the schedule names {frames}; expected frames 0 to {clips.frames - 1}")
             if sorted(clips.of(frame) for frame in frames) != list(range(len(clips))):
                 raise ValueError(
-                    f"step {step} of the schedule names {frames}; expected one frame in each of the {len(clips)} clips, "
-                    f"which start at {list(clips.starts)}"
+                    f"step {step} of the schedule names {frames}; expected one frame in each of the {len(clips)} "
+                    f"clips, which start at {list(clips.starts)}"
                 )
 
     def at(self, step: int, clips: Clips) -> tuple[int, ...]:
@@ -149,4 +150,3 @@ class KeyframeDraws:
             return tuple(sorted(self.schedule[min(step, len(self.schedule) - 1)]))
         step = 0 if self.mode == "fixed" else step
         return draw_keyframes(clips, np.random.default_rng((self.seed, step)))
-

@@ -5,7 +5,6 @@ depends on names, types and shapes alone, is written first and the data region i
 """
 
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -68,7 +67,7 @@ class SafetensorsWriter:
         for view in self._views.values():
             view.flush()
         self._views = {}
-        os.replace(self._partial, self.path)
+        self._partial.replace(self.path)
         return self.path
 
     def discard(self) -> None:

@@ -63,6 +63,7 @@ class Trajectory:
         frames, shape: number of frames; (frames, channels, height, width).
         model, clip: signatures of the inverting model and of the clip.
         source: conditioning of the source prompt, as the caller's framework has it; set by who inverts.
+        noise_mask: where the edit may change the clip, (frames or 1, height, width); set by who inverts.
     """
 
     def __init__(self, path: Path):
@@ -76,6 +77,7 @@ class Trajectory:
         self.shape = self._reader.shape("x_0000")
         self.frames = self.shape[0]
         self.source: object = None
+        self.noise_mask: Tensor | None = None
 
     @property
     def steps(self) -> int:

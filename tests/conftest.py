@@ -16,7 +16,8 @@ COMFYUI = os.environ.get("COMFYUI_PATH")
 
 def mount_pack(name: str = "adaflow_pack"):
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        init = ROOT / "__init__.py"
+        spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(ROOT)])
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)

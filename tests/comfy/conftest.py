@@ -3,8 +3,12 @@
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # models.py and graph.py
 
 if os.environ.get("COMFYUI_PATH"):
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
@@ -14,8 +18,6 @@ if os.environ.get("COMFYUI_PATH"):
 
         comfy.options.enable_args_parsing(False)
         from comfy.cli_args import args
-
-        import torch
 
         args.cpu = not torch.cuda.is_available()
         import comfy.model_management
@@ -46,3 +48,25 @@ def pack():
     """The pack as ComfyUI mounts it, with its nodes imported: ``pack.nodes.slim`` and so on."""
     importlib.import_module("adaflow_pack.nodes")
     return sys.modules["adaflow_pack"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def comfy_folders(tmp_path_factory):
+    """ComfyUI's input, output and temp folders, fresh for this run."""
+    if not os.environ.get("COMFYUI_PATH"):
+        yield None
+        return
+    import folder_paths
+
+    base = tmp_path_factory.mktemp("comfyui")
+    for kind in ("input", "output", "temp"):
+        (base / kind).mkdir()
+        getattr(folder_paths, f"set_{kind}_directory")(str(base / kind))
+    yield base
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    """ComfyUI runs nodes in inference mode."""
+    with torch.inference_mode():
+        yield

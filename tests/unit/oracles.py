@@ -1,6 +1,7 @@
 """The method in a few lines of float64 each, written from the papers and independent of the code under test."""
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -64,7 +65,7 @@ def invert(x0, eps, steps):
     """The whole DDIM inversion: x0, eps(x, t) -> list of latents on the grid."""
     grid = [0, *range(1, 1000, 1000 // steps)]
     xs = [x0]
-    for previous, t in zip(grid, grid[1:], strict=False):
+    for previous, t in pairwise(grid):
         a, b = alpha_bar(previous), alpha_bar(t)
         noise = eps(xs[-1], t)
         xs.append(math.sqrt(b) * (xs[-1] - math.sqrt(1 - a) * noise) / math.sqrt(a) + math.sqrt(1 - b) * noise)

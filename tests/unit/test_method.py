@@ -105,7 +105,7 @@ def scene_video(rng, cuts, frames, size, channels=12):
 def test_clips_are_cut_as_the_definition_says(rng, size, lookahead):
     video = scene_video(rng, {7, 8, 19}, 30, size)
     for thresholds in (CutThresholds(), CutThresholds(max_clip=6), CutThresholds(mean=-1, window=-1, max_clip=1)):
-        clips = cut_clips(lambda f: video[f].float(), 30, size, thresholds, lookahead)  # noqa: B023
+        clips = cut_clips(lambda f: video[f].float(), 30, size, thresholds, lookahead)
         expected = oracles.clip_starts(video, size, thresholds.mean, thresholds.window, thresholds.max_clip)
         assert list(clips.starts) == expected
     assert len(cut_clips(lambda f: video[f].float(), 1, size)) == 1

@@ -1,0 +1,87 @@
+"""A whole edit as ComfyUI samples it: the keyframes alone, for a look, or every frame."""
+
+import logging
+from dataclasses import dataclass
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...adaflow.errors import require
+from ...adaflow.plan import EditPlan
+from ...adaflow.trajectory import Trajectory
+from .evaluator import EditSettings
+from .patch import check_edit, patch_edit, refuse_stochastic
+from .preview import sampling_callback
+from .windows import slice_conditioning, take
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Everything an edit needs: ADAFLOW_EDIT.
+
+    Attributes:
+        model: MODEL as the user wired it, LoRA and patches included.
+        positive, negative: CONDITIONING; entries and ControlNet hints may be one a frame.
+    """
+
+    model: object
+    positive: list
+    negative: list
+    trajectory: Trajectory
+    plan: EditPlan
+    settings: EditSettings
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    seed: int
+
+    def check(self, where: str) -> None:
+        """Raise InputError for what can be told before sampling."""
+        check_edit(self.model, self.plan, self.trajectory, where)
+        refuse_stochastic(self.sampler_name, where)
+        limit = self.trajectory.steps
+        require(
+            1 <= self.steps <= limit,
+            where,
+            "steps",
+            self.steps,
+            f"1 to {limit}, the steps that the trajectory holds; or invert with more steps",
+        )
+        require(
+            bool(self.trajectory.source), where, "trajectory", "without a source prompt", "one of AdaFlowDDIMInvert"
+        )
+
+    def sample(self, settings: EditSettings, where: str, frames: tuple[int, ...] | None = None) -> Tensor:
+        """Sample all frames, or ``frames`` alone with these as the keyframes of every step.
+
+        Returns:
+            (frames, channels, height, width) as a LATENT holds it.
+        """
+        total = self.trajectory.frames
+        rows = list(range(total)) if frames is None else list(frames)
+        positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))
+        patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows))
+        sigmas = comfy.samplers.KSampler(
+            patched, self.steps, patched.load_device, self.sampler_name, self.scheduler, 1.0, patched.model_options
+        ).sigmas
+        clean = patched.model.latent_format.process_out(self.trajectory.at(0.0, rows))
+        return comfy.sample.sample_custom(
+            patched,
+            torch.zeros_like(clean),
+            self.cfg,
+            comfy.samplers.sampler_object(self.sampler_name),
+            sigmas,
+            positive,
+            negative,
+            clean,
+            noise_mask=None if self.trajectory.noise_mask is None else take(self.trajectory.noise_mask, rows),
+            callback=sampling_callback(patched, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=self.seed,
+        )

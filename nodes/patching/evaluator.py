@@ -1,0 +1,202 @@
+"""The windowed evaluation of a step: joint pass over the keyframes, then propagation to all frames, chunk by chunk.
+
+Section 7 of the method. Source branch: none after its window; in propagation only as far as the injected ResBlock;
+a keyframe's own prediction comes from the joint pass.
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ...adaflow.plan import EditPlan
+from ...adaflow.trajectory import Trajectory
+from .families import UNetFamily
+from .passes import (
+    EditJointPass,
+    EditPropagationPass,
+    Injection,
+    SourceJointPass,
+    SourcePropagationPass,
+    StepState,
+)
+from .taps import tapped, with_pass
+from .windows import slice_conds
+
+logger = logging.getLogger(__name__)
+MAX_CHUNK = 32
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What a user chooses of an edit.
+
+    Attributes:
+        conv_share, attention_share: share of the steps, from the first, in which the feature of the injected ResBlock,
+            and the queries and keys, of the source replace the edit's (arXiv 2211.12572).
+        interpolate: blend each frame's outputs with those of the neighbouring clip's keyframe (arXiv 2307.10373, 4.2).
+        budget: keyframes' worth of keys and values that a keyframe attends to.
+        chunk: frames evaluated at once in propagation; 0 chooses from the free memory.
+        start_from_trajectory: replace the sampler's start by the trajectory's latent of the first sigma.
+    """
+
+    conv_share: float = 0.8
+    attention_share: float = 0.8
+    interpolate: bool = False
+    budget: int = 20
+    chunk: int = 0
+    start_from_trajectory: bool = True
+
+
+def step_of(sigma: float, sample_sigmas: Tensor) -> int:
+    """Number of the step that ``sigma`` belongs to: of a sampler's stops within a step, that step."""
+    reached = int((sample_sigmas >= sigma * (1 - 1e-4)).sum())
+    return min(max(reached - 1, 0), max(len(sample_sigmas) - 2, 0))
+
+
+def auto_chunk(model, shape, branches: int, device) -> int:
+    """Frames of latent ``shape`` that half of the free memory takes in one forward, 1 to ``MAX_CHUNK``.
+
+    Args:
+        model: ComfyUI's BaseModel, for its own estimate.
+        shape: of the whole latent, (frames, channels, height, width).
+        branches: conditionings batched in one forward.
+    """
+    one_frame = model.memory_required([branches, *shape[1:]])
+    return int(min(max(comfy.model_management.get_free_memory(device) / 2 // one_frame, 1), MAX_CHUNK))
+
+
+class EditEvaluator:
+    """Evaluates the model for one sampling run; made when sampling starts, dropped when it ends.
+
+    Args:
+        unet: ComfyUI's UNetModel.
+        frames: frame numbers of the rows of the sampled latent: every frame, or the keyframes alone.
+        source_conds: processed conditioning of the source prompt.
+        sample_sigmas: descending, of the sampler.
+    """
+
+    def __init__(
+        self,
+        unet,
+        family: UNetFamily,
+        plan: EditPlan,
+        trajectory: Trajectory,
+        settings: EditSettings,
+        frames: tuple[int, ...],
+        source_conds: list[dict],
+        sample_sigmas: Tensor,
+    ):
+        self.unet, self.family, self.plan, self.trajectory, self.settings = unet, family, plan, trajectory, settings
+        self.frames, self.source_conds, self.sample_sigmas = frames, source_conds, sample_sigmas
+        self._rows = {frame: row for row, frame in enumerate(frames)}
+        self._chunk = settings.chunk
+        self._timed = False
+
+    @property
+    def steps(self) -> int:
+        return len(self.sample_sigmas) - 1
+
+    def __call__(self, executor, model, conds, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
+        """The body of the CALC_COND_BATCH wrapper: predictions (frames, channels, height, width) of each branch."""
+        started = time.perf_counter()
+        sigma = float(timestep[0])
+        step = step_of(sigma, self.sample_sigmas)
+        evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
+        with tapped(self.unet, self.family):
+            out = evaluation.run()
+        self._check_finite(out, step, sigma)
+        if not self._timed:
+            self._timed = True
+            seconds = time.perf_counter() - started
+            total = seconds * self.steps
+            logger.info("AdaFlow: one step took %.1f s; %d steps, about %.0f s", seconds, self.steps, total)
+        return out
+
+    def chunk(self, model, x: Tensor, branches: int) -> int:
+        """Frames in one forward of propagation; chosen once, from the memory that is free with the model loaded."""
+        if not self._chunk:
+            self._chunk = auto_chunk(model, x.shape, branches, x.device)
+            logger.info("AdaFlow: %d frames at a time", self._chunk)
+        return self._chunk
+
+    def rows(self, frames) -> list[int]:
+        """Rows of the sampled latent that hold ``frames``."""
+        return [self._rows[frame] for frame in frames]
+
+    def _check_finite(self, out: list[Tensor], step: int, sigma: float) -> None:
+        if not all(bool(torch.isfinite(prediction).all()) for prediction in out):
+            raise RuntimeError(
+                f"AdaFlow: the model's prediction is not finite (NaN or infinite) at step {step + 1} of {self.steps}, "
+                f"sigma {sigma:.4f}. Most likely half precision overflowed: start ComfyUI with --force-fp32 or "
+                "--force-upcast-attention, or lower a LoRA's or ControlNet's strength"
+            )
+
+
+class _Evaluation:
+    """One call of :class:`EditEvaluator`: the arguments of ``calc_cond_batch`` and the state of the step."""
+
+    def __init__(self, edit: EditEvaluator, executor, model, conds, x, timestep, model_options, sigma, step):
+        self.edit, self.executor, self.model, self.conds = edit, executor, model, conds
+        self.x, self.timestep, self.model_options, self.sigma = x, timestep, model_options, sigma
+        settings = edit.settings
+        self.injection = Injection(
+            conv=step < settings.conv_share * edit.steps - 1e-6,
+            attention=step < settings.attention_share * edit.steps - 1e-6,
+        )
+        areas = {cond["uuid"]: _area(cond, x) for branch in conds if branch is not None for cond in branch}
+        keyframes = edit.plan.keyframes(step)
+        if not set(keyframes) <= set(edit.frames):  # a preview of the keyframes alone keeps those of the first step
+            keyframes = edit.frames
+        self.sources = [
+            [{**cond, "uuid": (cond["uuid"], area), **({} if area is None else {"area": area})}]
+            for area in dict.fromkeys(areas.values())
+            for cond in edit.source_conds[:1]
+        ]
+        source_areas = {branch[0]["uuid"]: branch[0].get("area") for branch in self.sources}
+        self.state = StepState(
+            edit.plan, settings.budget, edit.family, keyframes, self.injection, {**areas, **source_areas}
+        )
+
+    def run(self) -> list[Tensor]:
+        """Joint pass, then propagation of every frame that is not a keyframe."""
+        edit, keyframes = self.edit, self.state.keyframes
+        out = [torch.zeros_like(self.x) for _ in self.conds]
+        if self.injection.conv or self.injection.attention:
+            self._evaluate(self.sources, keyframes, SourceJointPass(self.state), source=True)
+        self._store(out, keyframes, self._evaluate(self.conds, keyframes, EditJointPass(self.state)))
+        left = [frame for frame in edit.frames if frame not in set(keyframes)]
+        branches = sum(len(branch) for branch in self.conds if branch is not None)
+        chunk = edit.chunk(self.model, self.x, branches) if left else 1
+        for start in range(0, len(left), chunk):
+            frames = left[start : start + chunk]
+            where = edit.plan.propagation(frames, keyframes, edit.settings.interpolate)
+            if self.injection.conv:
+                self._evaluate(self.sources, frames, SourcePropagationPass(self.state, where), source=True)
+            self._store(out, frames, self._evaluate(self.conds, frames, EditPropagationPass(self.state, where)))
+        return out
+
+    def _evaluate(self, conds, frames, step_pass, source: bool = False) -> list[Tensor]:
+        """``calc_cond_batch`` of some frames under a pass; the source branch reads the trajectory instead of x."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        rows = self.edit.rows(frames)
+        x = self.edit.trajectory.at(self.sigma, list(frames)).to(self.x) if source else self.x[rows]
+        options = with_pass(self.model_options, step_pass)
+        return self.executor(self.model, slice_conds(conds, rows), x, self.timestep[rows], options)
+
+    def _store(self, out: list[Tensor], frames, predictions: list[Tensor]) -> None:
+        rows = self.edit.rows(frames)
+        for branch, prediction in zip(out, predictions, strict=True):
+            branch[rows] = prediction
+
+
+def _area(cond: dict, x: Tensor) -> tuple[int, int, int, int] | None:
+    """The part of the latent that ComfyUI evaluates a conditioning on: (height, width, top, left), or None for all."""
+    area = cond.get("area")
+    if area is None:
+        return None
+    height, width, top, left = area
+    return min(height, x.shape[2] - top), min(width, x.shape[3] - left), top, left

@@ -1,0 +1,179 @@
+"""The passes of one sampling step: what each does at the UNet's self-attentions and at the injected ResBlock.
+
+``StepState`` belongs to one evaluation of the model at one sigma. The joint passes fill it, the propagation passes
+read it, and it is dropped with the evaluation.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...adaflow.attention import extended_attention, frame_attention
+from ...adaflow.descriptors import Area
+from ...adaflow.plan import EditPlan, Propagation
+from ...adaflow.propagation import gather_outputs
+from .families import UNetFamily
+from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What the source branch gives the others in this step (arXiv 2211.12572, section 4)."""
+
+    conv: bool
+    attention: bool
+
+
+@dataclass
+class SourceFeatures:
+    """Activations of the source branch that are injected.
+
+    Attributes:
+        queries, keys: by layer, of the keyframes, (keyframes, tokens, channels).
+        conv: branch-internal feature of the injected ResBlock, of the frames of the current pass.
+    """
+
+    queries: dict[Layer, Tensor] = field(default_factory=dict)
+    keys: dict[Layer, Tensor] = field(default_factory=dict)
+    conv: Tensor | None = None
+
+
+@dataclass
+class StepState:
+    """What one step knows.
+
+    Attributes:
+        plan, budget, family: as the edit has them.
+        keyframes: ascending, of this step.
+        injection: what is injected in this step.
+        areas: part of the latent that each conditioning (by uuid) is evaluated on; None is all of it.
+        sources: features of the source branch by area.
+        outputs: the keyframes' attention outputs, after the output projection, by (uuid, layer).
+    """
+
+    plan: EditPlan
+    budget: int
+    family: UNetFamily
+    keyframes: tuple[int, ...]
+    injection: Injection
+    areas: dict[object, Area | None]
+    sources: dict[Area | None, SourceFeatures] = field(default_factory=dict)
+    outputs: dict[tuple[object, Layer], Tensor] = field(default_factory=dict)
+
+    def source(self, branch) -> SourceFeatures:
+        """Source features of the area that conditioning ``branch`` is evaluated on."""
+        return self.sources.setdefault(self.areas[branch], SourceFeatures())
+
+    def injects_attention(self, layer: Layer) -> bool:
+        return self.injection.attention and layer.section == "output" and layer.block in self.family.attention_blocks
+
+
+def _inject_conv(state: StepState, call: UNetCall, feature: Tensor) -> Tensor | None:
+    if not state.injection.conv:
+        return None
+    return torch.cat([state.source(branch).conv.to(feature.dtype) for branch in call.branches])
+
+
+class SourceJointPass(UNetPass):
+    """Keyframes of the source branch: attention inside each frame; queries, keys and the feature are captured."""
+
+    def __init__(self, state: StepState):
+        self.state = state
+
+    def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
+        for branch, part in split_branches(call, feature):
+            self.state.source(branch).conv = part
+        if not self.state.injection.attention:
+            raise StopForward
+
+    def self_attention(self, call, layer, attn, x, context, value):
+        q, k = attn.to_q(x), attn.to_k(x if context is None else context)
+        if self.state.injects_attention(layer):
+            for (branch, queries), (_, keys) in zip(split_branches(call, q), split_branches(call, k), strict=True):
+                self.state.source(branch).queries[layer] = queries
+                self.state.source(branch).keys[layer] = keys
+        v = attn.to_v(_first(value, context, x))
+        out = attn.to_out(frame_attention(q, k, v, attn.heads))
+        if layer.section != "output" or layer.block < self.state.family.conv_block:  # all that propagation reads
+            for branch, part in split_branches(call, out):
+                self.state.outputs[branch, layer] = part
+        return out
+
+
+class EditJointPass(UNetPass):
+    """Keyframes of the edit branches: extended attention among all of them under the KV budget."""
+
+    def __init__(self, state: StepState):
+        self.state = state
+
+    def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
+        return _inject_conv(self.state, call, feature)
+
+    def self_attention(self, call, layer, attn, x, context, value):
+        state, size = self.state, call.layer_size(x.shape[1])
+        v = attn.to_v(_first(value, context, x))
+        injects = state.injects_attention(layer)
+        q, k = (None, None) if injects else (attn.to_q(x), attn.to_k(x if context is None else context))
+        outs = []
+        for row, (branch, values) in enumerate(split_branches(call, v)):
+            if injects:
+                queries, keys = state.source(branch).queries[layer], state.source(branch).keys[layer]
+            else:
+                queries, keys = q.chunk(len(call.branches))[row], k.chunk(len(call.branches))[row]
+            kept = state.plan.kept(state.keyframes, state.budget, size, state.areas[branch])
+            kept = None if kept is None else kept.to(x.device)
+            out = attn.to_out(extended_attention(queries, keys, values, attn.heads, kept))
+            state.outputs[branch, layer] = out
+            outs.append(out)
+        return torch.cat(outs)
+
+
+class PropagationPass(UNetPass):
+    """A chunk of frames: attention outputs are gathered from the keyframes', nothing of attention is computed."""
+
+    def __init__(self, state: StepState, where: Propagation):
+        self.state, self.where = state, where
+        self._slots = {frame: slot for slot, frame in enumerate(state.keyframes)}
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def self_attention(self, call, layer, attn, x, context, value):
+        size = call.layer_size(x.shape[1])
+        parts = []
+        for branch in call.branches:
+            outputs, area = self.state.outputs[branch, layer], self.state.areas[branch]
+            out = self._gather(outputs, self.where.keyframes, size, area)
+            if self.where.neighbours != self.where.keyframes:
+                other = self._gather(outputs, self.where.neighbours, size, area)
+                weights = torch.tensor(self.where.weights, device=out.device, dtype=out.dtype)[:, None, None]
+                out = torch.lerp(other, out, weights)
+            parts.append(out)
+        return torch.cat(parts)
+
+    def _gather(self, outputs: Tensor, keyframes: tuple[int, ...], size, area: Area | None) -> Tensor:
+        key = (keyframes, size, area)
+        if key not in self._tables:
+            matches = self.state.plan.matches(list(self.where.frames), keyframes, size, area)
+            slots = torch.tensor([self._slots[keyframe] for keyframe in keyframes])
+            self._tables[key] = (slots.to(outputs.device), matches.to(outputs.device))
+        return gather_outputs(outputs, *self._tables[key])
+
+
+class SourcePropagationPass(PropagationPass):
+    """The source branch of a chunk, up to the injected ResBlock and no further."""
+
+    def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
+        for branch, part in split_branches(call, feature):
+            self.state.source(branch).conv = part
+        raise StopForward
+
+
+class EditPropagationPass(PropagationPass):
+    """The edit branches of a chunk, with the feature that :class:`SourcePropagationPass` took."""
+
+    def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
+        return _inject_conv(self.state, call, feature)
+
+
+def _first(*tensors: Tensor | None) -> Tensor:
+    return next(tensor for tensor in tensors if tensor is not None)

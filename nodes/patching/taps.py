@@ -1,0 +1,166 @@
+"""Hooks on a UNet's self-attentions and on the injected ResBlock, held for one evaluation.
+
+A pass (see ``passes.py``) travels in ``transformer_options["adaflow"]``; the DIFFUSION_MODEL wrapper binds it to the
+forward that is running, and the hooks hand that forward's activations to it. A context variable carries the binding,
+so that a forward paused in one greenlet does not see another's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from torch import Tensor, nn
+
+from ...adaflow.descriptors import layer_sizes
+from .families import UNetFamily
+
+PASS_KEY = "adaflow"
+_running: ContextVar["UNetCall | None"] = ContextVar("adaflow_unet_call", default=None)
+
+
+class StopForward(Exception):
+    """Raised by a pass that has all it wants of a forward; the wrapper catches it and returns zeros."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One self-attention: section ("input", "middle", "output"), block number in it, transformer block in that."""
+
+    section: str
+    block: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class UNetCall:
+    """One forward of the UNet.
+
+    Attributes:
+        step_pass: the pass it belongs to.
+        branches: for each of the conditionings batched in it, ComfyUI's uuid; the batch is (branches, frames).
+        size: (height, width) of the latent, or of the area that is evaluated.
+        levels: resolutions of the UNet.
+    """
+
+    step_pass: "UNetPass"
+    branches: tuple
+    size: tuple[int, int]
+    levels: int
+
+    def layer_size(self, tokens: int) -> tuple[int, int]:
+        """(height, width) of the layer that has so many tokens.
+
+        Raises:
+            RuntimeError: no layer of an unpatched UNet has.
+        """
+        for height, width in layer_sizes(*self.size, self.levels):
+            if height * width == tokens:
+                return height, width
+        raise RuntimeError(
+            f"AdaFlow: a self-attention works on {tokens} tokens, no resolution of a {self.size[1]}x{self.size[0]} "
+            f"latent. Another patch merges or tiles tokens (ToMe, HyperTile, Kohya deep shrink): remove that"
+        )
+
+
+class UNetPass:
+    """What happens at the taps during the forwards of one pass. The base leaves the UNet as it is."""
+
+    def self_attention(self, call: UNetCall, layer: Layer, attn: nn.Module, x: Tensor, context, value) -> Tensor | None:
+        """Output of ``attn`` after its output projection, (batch, tokens, channels), or None to leave it alone."""
+        return None
+
+    def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
+        """Replacement of the branch-internal feature of the injected ResBlock, or None."""
+        return None
+
+    def descriptor(self, call: UNetCall, feature: Tensor) -> None:
+        """Sees the output of the descriptor block, (batch, channels, height, width)."""
+
+
+def self_attentions(unet: nn.Module) -> Iterator[tuple[Layer, nn.Module]]:
+    """Every self-attention of a UNet with its place."""
+    sections = {"input": unet.input_blocks, "middle": [unet.middle_block or ()], "output": unet.output_blocks}
+    for section, blocks in sections.items():
+        for number, block in enumerate(blocks):
+            for transformer in (part for part in block if isinstance(part, SpatialTransformer)):
+                for depth, inner in enumerate(transformer.transformer_blocks):
+                    if not inner.disable_self_attn:
+                        yield Layer(section, number, depth), inner.attn1
+
+
+@contextmanager
+def tapped(unet: nn.Module, family: UNetFamily):
+    """Hold the hooks on ``unet``; every one is gone when the block is left, whatever the reason."""
+    undo = []
+
+    def attention_forward(layer: Layer, attn: nn.Module):
+        original = attn.forward
+
+        def forward(x, context=None, value=None, *args, **kwargs):
+            call = _running.get()
+            out = None if call is None else call.step_pass.self_attention(call, layer, attn, x, context, value)
+            return original(x, context, value, *args, **kwargs) if out is None else out
+
+        return forward
+
+    def conv_hook(module, args, output):
+        call = _running.get()
+        return None if call is None else call.step_pass.conv_feature(call, output)
+
+    def descriptor_hook(module, args, output):
+        call = _running.get()
+        if call is not None:
+            call.step_pass.descriptor(call, output)
+
+    try:
+        for layer, attn in self_attentions(unet):
+            replaced = vars(attn).get("forward")
+            undo.append(lambda attn=attn, replaced=replaced: _restore_forward(attn, replaced))
+            attn.forward = attention_forward(layer, attn)
+        conv = unet.output_blocks[family.conv_block][0].out_layers[-1]
+        undo.append(conv.register_forward_hook(conv_hook).remove)
+        undo.append(unet.output_blocks[family.descriptor_block][-1].register_forward_hook(descriptor_hook).remove)
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
+def _restore_forward(attn: nn.Module, replaced) -> None:
+    vars(attn).pop("forward", None)
+    if replaced is not None:
+        attn.forward = replaced
+
+
+def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """Body of the DIFFUSION_MODEL wrapper: run a forward under the pass that its transformer options name.
+
+    Args:
+        x: (branches * frames, channels, height, width).
+        args: timesteps, context, y, control, transformer_options, as ComfyUI passes them.
+    """
+    options = args[4]
+    step_pass = options.get(PASS_KEY)
+    if step_pass is None:
+        return executor(x, *args, **kwargs)
+    call = UNetCall(step_pass, tuple(options["uuids"]), tuple(x.shape[-2:]), family.levels)
+    token = _running.set(call)
+    try:
+        return executor(x, *args, **kwargs)
+    except StopForward:
+        return x.new_zeros(x.shape[0], executor.class_obj.out_channels, *x.shape[2:])
+    finally:
+        _running.reset(token)
+
+
+def with_pass(model_options: dict, step_pass: UNetPass) -> dict:
+    """A copy of ``model_options`` whose forwards run under ``step_pass``."""
+    return {**model_options, "transformer_options": {**model_options["transformer_options"], PASS_KEY: step_pass}}
+
+
+def split_branches(call: UNetCall, x: Tensor) -> list[tuple[object, Tensor]]:
+    """The parts of a batch, each with the uuid of its conditioning."""
+    return list(zip(call.branches, torch.chunk(x, len(call.branches)), strict=True))

@@ -1,0 +1,53 @@
+"""AdaFlowTokenPropagate: the edit of every frame."""
+
+from dataclasses import replace
+
+from comfy_api.latest import io
+
+from .types import CATEGORY, Edit
+
+
+def propagation_inputs() -> list[io.Input]:
+    """Interpolation and chunk, which two nodes take."""
+    return [
+        io.Boolean.Input(
+            "interpolation",
+            default=False,
+            tooltip="Default off. On blends each frame between its own keyframe and the neighbouring clip's: hides the "
+            "seams between clips, and smears where a cut is real.",
+        ),
+        io.Int.Input(
+            "chunk",
+            default=0,
+            min=0,
+            max=4096,
+            tooltip="Frames in one forward of the model, 0 to 4096, default 0: chosen from the free memory. Lower it "
+            "when memory runs out; the result does not change.",
+        ),
+    ]
+
+
+class AdaFlowTokenPropagate(io.ComfyNode):
+    """Joint edit and propagation, step by step, over the whole clip."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AdaFlowTokenPropagate",
+            display_name="AdaFlow Token Propagate",
+            category=CATEGORY,
+            description="Makes the edit of the whole clip. In each step the keyframes are edited together, and every "
+            "other frame takes its attention outputs from its keyframe.",
+            inputs=[
+                Edit.Input("edit", tooltip="From AdaFlow Joint Keyframe Edit."),
+                *propagation_inputs(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="Every frame, edited: for AdaFlow Save Video.")],
+        )
+
+    @classmethod
+    def execute(cls, edit, interpolation, chunk) -> io.NodeOutput:
+        where = "AdaFlowTokenPropagate"
+        edit.check(where)
+        settings = replace(edit.settings, interpolate=interpolation, chunk=chunk)
+        return io.NodeOutput({"samples": edit.sample(settings, where)})
