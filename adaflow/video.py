@@ -1,0 +1,342 @@
+"""Video files read as a stream: what a file holds, and a range of its frames decoded chunk by chunk.
+
+Nothing here holds more than one chunk of decoded frames, whatever the length of the clip.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+
+from .errors import InputError, require
+
+EXACT = 0x2000 | 0x40000
+"""swscale's full chroma interpolation and accurate rounding: without them colours come out 2/255 too dark."""
+
+SHRINK_PRICE = 0.2
+"""How much of an aspect error one e-fold of lost size is worth in :func:`fit_size`."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file says about itself, checked by decoding its first frame.
+
+    ``width`` and ``height`` are as shown: after the display matrix's rotation and with square pixels. ``frame_count``
+    is the number the container declares, None where it declares none; a truncated file declares more than it holds,
+    so :meth:`VideoClip.count` measures. ``start`` is the first frame's time in the file, in seconds. ``rotation`` is
+    in quarter turns counter-clockwise.
+    """
+
+    path: Path
+    width: int
+    height: int
+    frame_count: int | None
+    fps: Fraction
+    has_audio: bool
+    codec: str
+    pixel_format: str
+    container: str
+    start: float
+    rotation: int
+
+
+@contextmanager
+def open_video(path: Path, where: str):
+    """Yield ``(container, video stream)`` of a file; raise :class:`InputError` if it is no video."""
+    path = Path(path)
+    require(path.is_file(), where, "file", f"'{path.name}', which does not exist", "an existing video file")
+    require(path.stat().st_size > 0, where, "file", f"'{path.name}', which is empty (0 bytes)", "a video file")
+    try:
+        container = av.open(str(path.resolve()), metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        got = f"'{path.name}', which cannot be opened ({error.__class__.__name__})"
+        raise InputError(where, "file", got, "a whole video file: this is truncated, damaged or no video") from error
+    with container:
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams or streams[0].codec_context is None:
+            kind = "audio only" if container.streams.audio else "no picture stream"
+            raise InputError(where, "file", f"'{path.name}', which holds {kind}", "a file with a video stream")
+        yield container, streams[0]
+
+
+def _decoded(container, stream) -> Iterator[av.VideoFrame]:
+    """Every frame that decodes, in order; damaged packets are passed over, a damaged end ends the stream."""
+    stream.thread_type = "AUTO"
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            yield from _flushed(stream)
+            return
+        try:
+            yield from packet.decode()
+        except av.FFmpegError:
+            continue
+
+
+def _flushed(stream) -> list[av.VideoFrame]:
+    try:
+        return stream.codec_context.decode(None)
+    except av.FFmpegError:
+        return []
+
+
+def _frame_rate(container, stream) -> Fraction | None:
+    for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
+        if rate:
+            return Fraction(rate)
+    if stream.frames and container.duration:
+        return Fraction(stream.frames * av.time_base, container.duration).limit_denominator(1001)
+    return None
+
+
+def probe(path: str | Path, where: str = "probe") -> VideoInfo:
+    """Open a file, decode its first frame and say what it holds.
+
+    Raises:
+        InputError: the file is missing, empty, no video, audio only, or not one frame of it decodes.
+    """
+    path = Path(path)
+    with open_video(path, where) as (container, stream):
+        frame = next(_decoded(container, stream), None)
+        if frame is None:
+            raise InputError(where, "file", f"'{path.name}', of which no frame decodes", "a video that can be read")
+        rate = _frame_rate(container, stream)
+        if rate is None:
+            raise InputError(where, "file", f"'{path.name}', which states no frame rate", "a video with a frame rate")
+        width, height = frame.width, frame.height
+        pixel_aspect = stream.sample_aspect_ratio
+        if pixel_aspect and pixel_aspect > 0:
+            width = max(1, round(width * pixel_aspect))
+        rotation = round(frame.rotation / 90) % 4
+        if rotation % 2:
+            width, height = height, width
+        return VideoInfo(
+            path=path,
+            width=width,
+            height=height,
+            frame_count=stream.frames or None,
+            fps=rate,
+            has_audio=bool(container.streams.audio),
+            codec=stream.codec_context.name,
+            pixel_format=frame.format.name,
+            container=container.format.name,
+            start=float((stream.start_time or 0) * stream.time_base),
+            rotation=rotation,
+        )
+
+
+def fit_size(width: int, height: int, size_limit: int, multiple: int = 64) -> tuple[int, int]:
+    """Choose ``(width, height)`` in multiples of ``multiple`` whose longer side is at most ``size_limit`` pixels.
+
+    Keeps the aspect ratio as closely as the multiples allow, giving up a little size for it; never enlarges beyond the
+    next multiple. ``size_limit`` 0 rounds each side of the source to its nearest multiple.
+    """
+    require(width > 0 and height > 0, "fit_size", "width, height", f"{width}x{height}", "positive pixel numbers")
+    if size_limit == 0:
+        return tuple(max(multiple, round(side / multiple) * multiple) for side in (width, height))
+    require(size_limit >= multiple, "fit_size", "size", f"{size_limit} pixels", f"0, or at least {multiple} pixels")
+    limit = max(multiple, min(size_limit, max(width, height)) // multiple * multiple)
+    aspect = width / height
+    best = None
+    for long_side in range(multiple, limit + 1, multiple):
+        short_side = long_side / max(aspect, 1 / aspect) / multiple
+        for steps in {max(1, math.floor(short_side)), max(1, math.ceil(short_side))}:
+            size = (long_side, steps * multiple) if aspect >= 1 else (steps * multiple, long_side)
+            cost = abs(math.log(size[0] / size[1] / aspect)) + SHRINK_PRICE * math.log(limit / long_side)
+            if best is None or (cost, -size[0] * size[1]) < best[0]:
+                best = ((cost, -size[0] * size[1]), size)
+    return best[1]
+
+
+@dataclass
+class VideoClip:
+    """A range of a video file's frames, resized, decoded when asked for.
+
+    Args:
+        info: the file, from :func:`probe`.
+        first_frame: the first frame's index in the file.
+        frame_count: how many frames the clip has; 0 takes all to the end.
+        stride: every stride-th frame of the file is taken.
+        size: ``(width, height)`` in pixels; None keeps the file's.
+        where: the node named in errors.
+    """
+
+    info: VideoInfo
+    first_frame: int = 0
+    frame_count: int = 0
+    stride: int = 1
+    size: tuple[int, int] | None = None
+    where: str = "VideoClip"
+    _count: int | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        require(self.first_frame >= 0, self.where, "first_frame", self.first_frame, "0 or more")
+        require(self.frame_count >= 0, self.where, "frame_count", self.frame_count, "1 or more, or 0 for all")
+        require(self.stride >= 1, self.where, "stride", self.stride, "1 or more")
+        if self.size is None:
+            self.size = (self.info.width, self.info.height)
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        """Height in pixels."""
+        return self.size[1]
+
+    @property
+    def fps(self) -> Fraction:
+        """Frames per second at which the clip plays as fast as its source."""
+        return self.info.fps / self.stride
+
+    @property
+    def whole(self) -> bool:
+        """Whether the clip is its file, unchanged."""
+        natural = self.size == (self.info.width, self.info.height)
+        return natural and self.first_frame == 0 and self.stride == 1 and self.frame_count == 0
+
+    def audio_range(self) -> tuple[float, float]:
+        """``(start, duration)`` in seconds from the file's first frame: the sound that belongs to the clip."""
+        return float(self.first_frame / self.info.fps), float(self.count() / self.fps)
+
+    def sub(self, first_frame: int = 0, frame_count: int = 0, stride: int = 1, size: tuple[int, int] | None = None):
+        """A clip of this clip, in this clip's frame numbers. Raises :class:`InputError` if it does not lie within."""
+        left = self.count() - first_frame
+        require(left > 0, self.where, "first_frame", first_frame, f"less than the clip's {self.count()} frames")
+        most = -(-left // stride)
+        require(frame_count <= most, self.where, "frame_count", frame_count, f"at most {most} in this range")
+        return replace(
+            self,
+            first_frame=self.first_frame + first_frame * self.stride,
+            frame_count=frame_count or most,
+            stride=self.stride * stride,
+            size=size or self.size,
+        )
+
+    def fingerprint(self) -> str:
+        """A short text that changes with the file's content, the range and the size."""
+        digest = hashlib.blake2b(digest_size=16)
+        length = self.info.path.stat().st_size
+        with open(self.info.path, "rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, length - (1 << 20)))
+            digest.update(file.read())
+        digest.update(repr((length, self.first_frame, self.count(), self.stride, self.size)).encode())
+        return digest.hexdigest()
+
+    def count(self) -> int:
+        """Exact number of frames in the range, measured once.
+
+        Raises:
+            InputError: the range is not all there; says how many frames decode.
+        """
+        if self._count is None:
+            self._count = self._measure()
+        return self._count
+
+    def _measure(self) -> int:
+        wanted = self.first_frame + (self.frame_count - 1) * self.stride + 1 if self.frame_count else None
+        name = self.info.path.name
+        with open_video(self.info.path, self.where) as (container, stream):
+            held, sound = _packet_count(container, stream)
+        declared = self.info.frame_count
+        if sound and held == declared:
+            total = held
+        else:
+            with open_video(self.info.path, self.where) as (container, stream):
+                total = sum(1 for _ in _first(_decoded(container, stream), wanted))
+            if wanted is None and declared and held < declared and "mov" in self.info.container:
+                got = f"'{name}', cut short: it declares {declared} frames, {total} of them decode"
+                raise InputError(self.where, "file", got, f"a whole file, or a frame_count of at most {total}")
+        got = f"{self.first_frame} of '{name}', in which {total} frames decode"
+        require(self.first_frame < total, self.where, "first_frame", got, f"0 to {total - 1}")
+        most = -(-(total - self.first_frame) // self.stride)
+        if self.frame_count > most:
+            got = f"{self.frame_count} (from frame {self.first_frame}, stride {self.stride}) of '{name}', in which "
+            raise InputError(self.where, "frame_count", got + f"{total} frames decode", f"at most {most}, or 0 for all")
+        return self.frame_count or most
+
+    def frames(self, chunk: int) -> Iterator[np.ndarray]:
+        """Decode the clip in order: arrays (up to ``chunk``, height, width, 3), uint8 RGB.
+
+        Raises:
+            InputError: fewer frames decode than :meth:`count` promised; says how many did.
+        """
+        require(chunk >= 1, self.where, "chunk", chunk, "1 or more")
+        count, done = self.count(), 0
+        batch = None
+        last = self.first_frame + (count - 1) * self.stride
+        scaler = _Scaler(self.size)
+        with open_video(self.info.path, self.where) as (container, stream):
+            for index, frame in enumerate(_first(_decoded(container, stream), last + 1)):
+                if index < self.first_frame or (index - self.first_frame) % self.stride:
+                    continue
+                if batch is None:
+                    batch = np.empty((min(chunk, count - done), self.height, self.width, 3), np.uint8)
+                    filled = 0
+                batch[filled] = scaler(frame)
+                filled, done = filled + 1, done + 1
+                if filled == len(batch):
+                    yield batch
+                    batch = None
+        if done < count:
+            got = f"'{self.info.path.name}', of which {done} of the {count} frames asked for decode"
+            raise InputError(self.where, "file", got, f"an undamaged file, or a frame_count of at most {done}")
+
+
+class _Scaler:
+    """Turns decoded frames into upright RGB arrays of one size, (height, width, 3) uint8."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        turns = round(frame.rotation / 90) % 4
+        width, height = self.size if turns % 2 == 0 else self.size[::-1]
+        shrinks = width * height < frame.width * frame.height
+        method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
+        # A dst_colorspace unlike the frame's own: PyAV 14 ignores the frame's when the two are equal.
+        rgb = self._reformatter.reformat(
+            frame, width, height, "rgb24", dst_colorspace=Colorspace.DEFAULT, interpolation=method.value | EXACT
+        )
+        return np.rot90(rgb.to_ndarray(), turns)
+
+
+def _packet_count(container, stream) -> tuple[int, bool]:
+    """Packets in the stream, and whether each surely gives one shown frame (none marked damaged or to be dropped)."""
+    count, sound = 0, True
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                count += 1
+                sound = sound and not (packet.is_corrupt or packet.is_discard)
+    except av.FFmpegError:
+        return count, False
+    return count, sound
+
+
+def _first(frames: Iterator, count: int | None) -> Iterator:
+    """The first ``count`` items; all for None. Unlike islice it does not ask for one more."""
+    if count is None:
+        yield from frames
+        return
+    for _ in range(count):
+        frame = next(frames, None)
+        if frame is None:
+            return
+        yield frame

@@ -1,0 +1,210 @@
+"""AdaFlowSaveVideo: latents or images into a video file, a chunk at a time, with the source's sound."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy.cli_args import args
+from comfy_api.latest import InputImpl, io, ui
+from PIL import Image
+
+from ..adaflow.errors import InputError, require
+from ..adaflow.video import VideoClip
+from ..adaflow.video_writer import CODECS, VideoWriter
+from .encode_video import auto_chunk, require_finite, require_image_vae
+from .lazy_video import clip_of
+from .types import CATEGORY
+
+NODE = "AdaFlow Save Video"
+PREVIEW_SIDE = 512
+DEFAULT_CRF = 18
+
+
+def _decoded(samples: torch.Tensor, vae, chunk: int) -> Iterator[torch.Tensor]:
+    """Images (n, height, width, 3) of latents (frames, channels, h, w), ``chunk`` frames at a time."""
+    for first in range(0, len(samples), chunk):
+        images = vae.decode(samples[first : first + chunk]).to("cpu", torch.float32)
+        cause = "finite pixels: the VAE overflows in half precision, start ComfyUI with --fp32-vae or --bf16-vae"
+        require_finite(images, first, NODE, "vae", cause)
+        yield images
+
+
+def _require_latents(samples: torch.Tensor, vae) -> None:
+    require(
+        samples.ndim == 4 and len(samples) > 0,
+        NODE,
+        "frames",
+        f"a LATENT of shape {tuple(samples.shape)}",
+        "(frames, channels, height, width)",
+    )
+    require_image_vae(vae, NODE)
+    channels = getattr(vae, "latent_channels", samples.shape[1])
+    got = f"a LATENT of {samples.shape[1]} channels"
+    require(channels == samples.shape[1], NODE, "frames", got, f"{channels} channels, which the VAE decodes")
+    for first in range(0, len(samples), 64):
+        cause = "finite latents: the edit before this node broke down (half precision, or too high a cfg)"
+        require_finite(samples[first : first + 64], first, NODE, "frames", cause)
+
+
+def _images_of(frames, vae, chunk: int) -> tuple[int, Iterator[torch.Tensor]]:
+    """``(number of frames, iterator of images (n, height, width, 3) on the CPU)``."""
+    if isinstance(frames, dict) and "samples" in frames:
+        samples = frames["samples"]
+        _require_latents(samples, vae)
+        chunk = chunk or auto_chunk(samples.shape[3] * 8, samples.shape[2] * 8)
+        return len(samples), _decoded(samples, vae, chunk)
+    require(isinstance(frames, torch.Tensor), NODE, "frames", f"a {type(frames).__name__}", "a LATENT or an IMAGE")
+    require(
+        frames.ndim == 4 and len(frames) > 0 and frames.shape[-1] in (3, 4),
+        NODE,
+        "frames",
+        f"an IMAGE of shape {tuple(frames.shape)}",
+        "(frames, height, width, 3)",
+    )
+    chunk = chunk or auto_chunk(frames.shape[2], frames.shape[1])
+    return len(frames), (piece[..., :3].cpu() for piece in frames.split(chunk))
+
+
+def _frame_rate(fps: float, frames, clip: VideoClip | None) -> Fraction | float:
+    if fps > 0:
+        return fps
+    if clip is not None:
+        return clip.fps
+    about = frames.get("adaflow_source", {}) if isinstance(frames, dict) else {}
+    known = about.get("fps", 0)
+    expected = "frames per second above 0, or source wired (or a LATENT of AdaFlow Encode Video), which tells it"
+    require(known > 0, NODE, "fps", fps, expected)
+    return known
+
+
+def _preview(image: torch.Tensor) -> tuple[str, Image.Image, int]:
+    array = (image.clamp(0, 1) * 255).to(torch.uint8).numpy()
+    return "JPEG", Image.fromarray(np.ascontiguousarray(array)), PREVIEW_SIDE
+
+
+class AdaFlowSaveVideo(io.ComfyNode):
+    """Decodes, encodes and saves a video as a stream."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdaFlowSaveVideo",
+            display_name=NODE,
+            category=CATEGORY,
+            description="Saves latents or images as a video in ComfyUI's output folder, with the source's sound. "
+            "Latents are decoded a chunk at a time, so that a long video never stands decoded in memory.",
+            inputs=[
+                io.MultiType.Input(
+                    "frames",
+                    types=[io.Latent, io.Image],
+                    tooltip="The video's frames: a LATENT (then wire the VAE too) or an IMAGE batch.",
+                ),
+                io.Float.Input(
+                    "fps",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    tooltip="Frames per second. Range 0 to 1000, default 0: the source's. Turning it up plays faster; "
+                    "sound is not stretched.",
+                ),
+                io.Combo.Input(
+                    "codec",
+                    options=list(CODECS),
+                    default="h264",
+                    tooltip="Default h264 (MP4), which everything plays; h265 (MP4) and vp9 (WebM) are smaller; prores "
+                    "(MOV) is for editing programs; ffv1 (MKV) loses nothing and is large.",
+                ),
+                io.Int.Input(
+                    "quality",
+                    default=DEFAULT_CRF,
+                    min=0,
+                    max=63,
+                    tooltip="Constant rate factor (CRF), no unit. Range 0 (best, largest) to 51 for h264 and h265, 63 "
+                    "for vp9; default 18, nearly invisible loss. Not used by prores and ffv1.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/AdaFlow",
+                    tooltip="Folder and start of the file's name under ComfyUI's output folder; a number follows. "
+                    "Default video/AdaFlow. %date:yyyy-MM-dd% and %width% are filled in.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Decodes a LATENT. Not needed for IMAGE."),
+                io.Video.Input(
+                    "source",
+                    optional=True,
+                    tooltip="The source VIDEO: its sound goes into the file, cut to the range AdaFlow Load Video took, "
+                    "and its frame rate is used while fps is 0. Default: none, a silent file.",
+                ),
+                io.Int.Input(
+                    "chunk",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    tooltip="Frames decoded at a time. Range 0 to 1024, default 0: chosen by size. More is a little "
+                    "faster and takes more memory; the result is the same.",
+                ),
+            ],
+            outputs=[io.Video.Output("VIDEO", display_name="video", tooltip="The saved file.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0) -> io.NodeOutput:
+        clip = clip_of(source, NODE) if source is not None else None
+        count, images = _images_of(frames, vae, chunk)
+        rate = _frame_rate(fps, frames, clip)
+        first = next(images)
+        height, width = first.shape[1:3]
+        target, subfolder = _target(filename_prefix, CODECS[codec].extension, width, height)
+        progress = comfy.utils.ProgressBar(count)
+        sound = clip is not None and clip.info.has_audio
+        with VideoWriter(
+            target,
+            rate,
+            width,
+            height,
+            codec=codec,
+            crf=quality,
+            audio_source=clip.info.path if sound else None,
+            audio_range=clip.audio_range() if sound else None,
+            metadata=cls._metadata(),
+            where=NODE,
+        ) as writer:
+            for piece in itertools.chain([first], images):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                writer.write(piece.numpy())
+                progress.update_absolute(writer.frames_written, count, _preview(piece[0]))
+        saved = ui.SavedResult(target.name, subfolder, io.FolderType.output)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui=ui.PreviewVideo([saved]))
+
+    @classmethod
+    def _metadata(cls) -> dict[str, str]:
+        """The workflow, as ComfyUI's own Save Video stores it."""
+        if args.disable_metadata or cls.hidden is None:
+            return {}
+        known = dict(cls.hidden.extra_pnginfo or {})
+        if cls.hidden.prompt is not None:
+            known["prompt"] = cls.hidden.prompt
+        return {key: json.dumps(value) for key, value in known.items()}
+
+
+def _target(prefix: str, extension: str, width: int, height: int) -> tuple[Path, str]:
+    """``(path, subfolder)`` of the next free file under ComfyUI's output folder."""
+    try:
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            prefix, folder_paths.get_output_directory(), width, height
+        )
+    except Exception as error:
+        expected = "a name that stays inside ComfyUI's output folder"
+        raise InputError(NODE, "filename_prefix", repr(prefix), expected) from error
+    return Path(folder) / f"{name}_{counter:05}_.{extension}", subfolder
