@@ -1,8 +1,8 @@
 """A small random stand-in for a Stable Diffusion 1.x checkpoint, in ComfyUI's own classes.
 
 It has SD 1.x's blocks, attention and latents, runs in seconds on a CPU, and lets a graph be tried before any checkpoint
-is downloaded. Its text encoder and UNet are random, so what it paints means nothing; its VAE is written down in closed form and carries
-colour at an eighth of the resolution.
+is downloaded. Its text encoder and UNet are random, so what it paints means nothing; its VAE is written down in closed
+form and carries colour at an eighth of the resolution.
 """
 
 import copy
