@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from .errors import InputError, require
 
@@ -310,9 +310,16 @@ class _Scaler:
         width, height = self.size if turns % 2 == 0 else self.size[::-1]
         shrinks = width * height < frame.width * frame.height
         method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
-        # A dst_colorspace unlike the frame's own: PyAV 14 ignores the frame's when the two are equal.
+        full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
         rgb = self._reformatter.reformat(
-            frame, width, height, "rgb24", dst_colorspace=Colorspace.DEFAULT, interpolation=method.value | EXACT
+            frame,
+            width,
+            height,
+            "rgb24",
+            interpolation=method.value | EXACT,
+            dst_colorspace=Colorspace.DEFAULT,  # PyAV 14 ignores the frame's own where the two are equal,
+            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,  # and its range unless it is named
+            dst_color_range=ColorRange.JPEG,
         )
         return np.rot90(rgb.to_ndarray(), turns)
 

@@ -97,7 +97,7 @@ class VideoWriter:
             str(self._partial),
             "w",
             format=self._codec.muxer,
-            options={"movflags": "use_metadata_tags+faststart"} if self._codec.muxer in ("mp4", "mov") else {},
+            options={"movflags": "use_metadata_tags"} if self._codec.muxer in ("mp4", "mov") else {},
         )
         try:
             for key, value in (metadata or {}).items():
