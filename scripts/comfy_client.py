@@ -86,6 +86,16 @@ def link_pack(folder: Path, pack: Path = ROOT) -> None:
         shutil.copytree(pack, target, ignore=NOT_COPIED)
 
 
+def unlink_pack(folder: Path) -> None:
+    """Take the link away again, so that removing the folder around it cannot reach the checkout."""
+    target = folder / PACK_NAME
+    if target.is_symlink():
+        target.unlink()
+    elif os.name == "nt" and target.exists():
+        with contextlib.suppress(OSError):  # removes a junction; a copy is not empty and stays
+            target.rmdir()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -257,6 +267,7 @@ class ServerProcess(ComfyClient):
         cpu: force the CPU; None uses a GPU where there is one.
         pack: the checkout to link into ``custom_nodes``.
         arguments: more arguments of ``main.py``.
+        log: the file its output goes to (default: ``server.log`` in ``base``).
     """
 
     def __init__(
@@ -267,11 +278,12 @@ class ServerProcess(ComfyClient):
         cpu: bool | None = None,
         pack: Path = ROOT,
         arguments: tuple[str, ...] = (),
+        log: Path | None = None,
     ):
         self.comfyui, self.base, self.pack, self.arguments = Path(comfyui), Path(base), pack, arguments
         self.python = python or os.environ.get("COMFYUI_PYTHON") or sys.executable
         self.cpu = not has_gpu(self.python) if cpu is None else cpu
-        self.log = self.base / "server.log"
+        self.log = log or self.base / "server.log"
         self.process: subprocess.Popen | None = None
         super().__init__("http://127.0.0.1:0")
 

@@ -1,0 +1,58 @@
+"""A contact sheet: frames of the source above, the same frames edited below, with labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, LABEL = 8, 20
+PAPER, INK, FAINT = (24, 24, 27), (235, 235, 235), (150, 150, 155)
+
+
+def pick_frames(path: Path, wanted: list[int]) -> dict[int, Image.Image]:
+    """The frames of these indices, as pictures; those past the end are left out."""
+    found, last = {}, max(wanted)
+    with av.open(str(path)) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in wanted:
+                found[index] = frame.to_image()
+            if index == last:
+                break
+    return found
+
+
+def count_frames(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def evenly(frames: int, columns: int) -> list[int]:
+    """Up to ``columns`` frame numbers from the first to the last of ``frames``."""
+    if frames <= columns:
+        return list(range(frames))
+    return [round(i * (frames - 1) / (columns - 1)) for i in range(columns)]
+
+
+def contact_sheet(source: Path, edited: Path, target: Path, note: str = "", columns: int = 6, width: int = 224) -> Path:
+    """Write the sheet as a PNG; ``width`` is one picture's, in pixels. Frame i of both videos is the same moment."""
+    indices = evenly(count_frames(edited), columns)
+    above, below = pick_frames(source, indices), pick_frames(edited, indices)
+    first = below[indices[0]]
+    height = max(1, round(width * first.height / first.width))
+    sheet_width = MARGIN + len(indices) * (width + MARGIN)
+    sheet = Image.new("RGB", (max(sheet_width, 460), 3 * LABEL + 2 * height + 4 * MARGIN), PAPER)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    tops = (LABEL, 2 * LABEL + height + MARGIN)
+    for top, label, pictures in zip(tops, ("source", "edited"), (above, below), strict=True):
+        for column, index in enumerate(indices):
+            left = MARGIN + column * (width + MARGIN)
+            draw.text((left, top - LABEL + 2), f"{label}, frame {index}", INK, font)
+            if index in pictures:
+                sheet.paste(pictures[index].resize((width, height), Image.Resampling.LANCZOS), (left, top))
+    draw.text((MARGIN, sheet.height - LABEL), note, FAINT, font)
+    part = target.with_name(target.name + ".part")
+    sheet.save(part, "PNG")
+    part.replace(target)
+    return target
