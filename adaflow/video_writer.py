@@ -53,7 +53,7 @@ class VideoWriter:
         fps: frames per second, above 0.
         width, height: of the frames to come, in pixels.
         codec: a key of ``CODECS``; "ffv1" is lossless.
-        crf: 0 (best) to the codec's ``worst_crf``; ignored where the codec has none.
+        quality: constant rate factor, 0 (best) to the codec's ``worst_crf``; ignored where the codec has none.
         pixel_format: in place of the codec's own.
         audio_source: a file whose sound is carried over.
         audio_range: ``(start, duration)`` of that sound in seconds; the video's own duration ends it too.
@@ -72,7 +72,7 @@ class VideoWriter:
         height: int,
         *,
         codec: str = "h264",
-        crf: int = 18,
+        quality: int = 18,
         pixel_format: str | None = None,
         audio_source: str | Path | None = None,
         audio_range: tuple[float, float] | None = None,
@@ -87,7 +87,7 @@ class VideoWriter:
         self.frames_written = 0
         self._codec = CODECS[codec]
         worst = self._codec.worst_crf
-        require(worst is None or 0 <= crf <= worst, where, "crf", crf, f"0 (best) to {worst} for {codec}")
+        require(worst is None or 0 <= quality <= worst, where, "quality", quality, f"0 (best) to {worst} for {codec}")
         self._format = pixel_format or self._codec.pixel_format
         self._sound_length = audio_range[1] if audio_range else math.inf
         self._reformatter = VideoReformatter()
@@ -102,7 +102,7 @@ class VideoWriter:
         try:
             for key, value in (metadata or {}).items():
                 self._output.metadata[key] = value if isinstance(value, str) else json.dumps(value)
-            self._stream = self._add_stream(crf)
+            self._stream = self._add_stream(quality)
             if audio_source is not None:
                 start = audio_range[0] if audio_range else 0.0
                 self._track = AudioTrack(Path(audio_source), self._output, self._codec.muxer, start, where)
@@ -110,10 +110,10 @@ class VideoWriter:
             self._discard()
             raise
 
-    def _add_stream(self, crf: int):
+    def _add_stream(self, quality: int):
         options = dict(self._codec.options)
         if self._codec.worst_crf is not None:
-            options["crf"] = str(crf)
+            options["crf"] = str(quality)
         stream = self._output.add_stream(self._codec.encoder, rate=self.fps, options=options)
         if self._codec.encoder == "libvpx-vp9":
             stream.bit_rate = 0

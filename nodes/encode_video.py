@@ -57,7 +57,7 @@ def _describe(source) -> tuple[int, int, int, float, object]:
         )
         count, height, width, _ = source.shape
         return count, width, height, fps, lambda chunk: _chunks_of(source, chunk)
-    clip = clip_of(source, NODE)
+    clip = clip_of(source, NODE, "source")
 
     def decoded(chunk: int) -> Iterator[torch.Tensor]:
         for frames in clip.frames(chunk):

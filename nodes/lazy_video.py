@@ -1,6 +1,5 @@
 """A VIDEO that stays in its file: a range of frames, decoded when somebody asks."""
 
-import hashlib
 import io as std_io
 import os
 import shutil
@@ -76,13 +75,12 @@ class AdaFlowVideo(Input.Video):
         if isinstance(path, (str, os.PathLike)):
             self._encode(Path(path), metadata)
             return
-        target = _temp_path(f"adaflow_{uuid.uuid4().hex}.mp4")
+        target = _stored(lambda partial: self._encode(partial, metadata))
         try:
-            self._encode(target, metadata)
             with open(target, "rb") as file:
                 shutil.copyfileobj(file, path)
         finally:
-            target.unlink(missing_ok=True)
+            target.unlink()
 
     def get_stream_source(self) -> str:
         """Path of a file that holds just this range; encoded into ComfyUI's temp folder when first asked for."""
@@ -115,8 +113,8 @@ def _temp_path(name: str) -> Path:
     return folder / name
 
 
-def clip_of(video: Input.Video, where: str) -> VideoClip:
-    """The clip behind any VIDEO. One that is in memory is first written to ComfyUI's temp folder.
+def clip_of(video: Input.Video, where: str, what: str = "video") -> VideoClip:
+    """The clip behind any VIDEO of input ``what``; one in memory is first written to ComfyUI's temp folder.
 
     Raises:
         InputError: it is no VIDEO, or no frame of it decodes.
@@ -124,14 +122,24 @@ def clip_of(video: Input.Video, where: str) -> VideoClip:
     if isinstance(video, AdaFlowVideo):
         return video.clip
     if not isinstance(video, Input.Video):
-        raise InputError(where, "video", f"a {type(video).__name__}", "a VIDEO")
-    source = video.get_stream_source()
-    if isinstance(source, (str, os.PathLike)):
-        return VideoClip(probe(source, where), where=where)
-    data = source.getvalue()
-    target = _temp_path(f"adaflow_{hashlib.blake2b(data, digest_size=16).hexdigest()}.video")
-    if not target.exists():
-        partial = target.with_suffix(f".{uuid.uuid4().hex[:8]}.partial")
-        partial.write_bytes(data)
+        raise InputError(where, what, f"a {type(video).__name__}", "a VIDEO")
+    if isinstance(video, InputImpl.VideoFromComponents):  # its own get_stream_source fails in ComfyUI 0.3.52 and 0.3.75
+        path = _stored(lambda partial: video.save_to(str(partial), format="mp4", codec="h264"))
+    else:
+        path = video.get_stream_source()
+        if not isinstance(path, (str, os.PathLike)):
+            data = path.getvalue()
+            path = _stored(lambda partial: partial.write_bytes(data))
+    return VideoClip(probe(path, where), where=where)
+
+
+def _stored(write) -> Path:
+    """A file in ComfyUI's temp folder that ``write(path)`` made as a whole."""
+    target = _temp_path(f"adaflow_{uuid.uuid4().hex}.mp4")
+    partial = target.with_suffix(".partial.mp4")
+    try:
+        write(partial)
         partial.replace(target)
-    return VideoClip(probe(target, where), where=where)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target

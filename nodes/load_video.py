@@ -113,8 +113,8 @@ class AdaFlowLoadVideo(io.ComfyNode):
             ],
             outputs=[
                 io.Video.Output("VIDEO", display_name="video", tooltip="The range, still in its file."),
-                io.Int.Output("frame_count", display_name="frame_count", tooltip="Exact number of frames."),
-                io.Float.Output("fps", display_name="fps", tooltip="Frames per second of the range."),
+                io.Int.Output("frames", display_name="frame_count", tooltip="Exact number of frames."),
+                io.Float.Output("rate", display_name="fps", tooltip="Frames per second of the range."),
                 io.Int.Output("width", display_name="width", tooltip="Pixels."),
                 io.Int.Output("height", display_name="height", tooltip="Pixels."),
             ],

@@ -24,7 +24,7 @@ from .types import CATEGORY
 
 NODE = "AdaFlow Save Video"
 PREVIEW_SIDE = 512
-DEFAULT_CRF = 18
+DEFAULT_QUALITY = 18
 
 
 def _decoded(samples: torch.Tensor, vae, chunk: int) -> Iterator[torch.Tensor]:
@@ -124,7 +124,7 @@ class AdaFlowSaveVideo(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "quality",
-                    default=DEFAULT_CRF,
+                    default=DEFAULT_QUALITY,
                     min=0,
                     max=63,
                     tooltip="Constant rate factor (CRF), no unit. Range 0 (best, largest) to 51 for h264 and h265, 63 "
@@ -160,7 +160,7 @@ class AdaFlowSaveVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0) -> io.NodeOutput:
-        clip = clip_of(source, NODE) if source is not None else None
+        clip = clip_of(source, NODE, "source") if source is not None else None
         count, images = _images_of(frames, vae, chunk)
         rate = _frame_rate(fps, frames, clip)
         first = next(images)
@@ -174,7 +174,7 @@ class AdaFlowSaveVideo(io.ComfyNode):
             width,
             height,
             codec=codec,
-            crf=quality,
+            quality=quality,
             audio_source=clip.info.path if sound else None,
             audio_range=clip.audio_range() if sound else None,
             metadata=cls._metadata(),

@@ -44,7 +44,7 @@ def make(
     options=None,
     container=None,
 ):
-    """Encode ``picture(0..frames-1)`` with plain PyAV; ``sound`` names an audio encoder, ``times`` gives milliseconds."""
+    """Encode ``picture(0..frames-1)`` with plain PyAV; ``sound`` is an audio encoder, ``times`` are in milliseconds."""
     with av.open(str(path), "w", options=container or {}) as output:
         stream = output.add_stream(codec, rate=fps, options={"crf": "10", **(options or {})} if "26" in codec else {})
         stream.width, stream.height = size
@@ -293,7 +293,7 @@ def frames_for(count: int, width: int, height: int) -> np.ndarray:
 def test_what_is_written_comes_back(tmp_path, codec):
     path = tmp_path / f"out.{CODECS[codec].extension}"
     frames = frames_for(12, 64, 48)
-    with VideoWriter(path, 12.5, 64, 48, codec=codec, crf=10, metadata={"prompt": {"a": 1}, "note": "x"}) as writer:
+    with VideoWriter(path, 12.5, 64, 48, codec=codec, quality=10, metadata={"prompt": {"a": 1}, "note": "x"}) as writer:
         writer.write(frames[:5])
         writer.write(frames[5:].astype(np.float32) / 255)
     info = probe(path)
@@ -315,7 +315,7 @@ def test_ntsc_rate_survives_as_a_float(tmp_path):
 
 
 def test_odd_sizes_are_padded_where_chroma_is_halved(tmp_path):
-    with VideoWriter(tmp_path / "a.mp4", 10, 63, 47, crf=10) as writer:
+    with VideoWriter(tmp_path / "a.mp4", 10, 63, 47, quality=10) as writer:
         writer.write(frames_for(3, 63, 47))
     info = probe(tmp_path / "a.mp4")
     assert (info.width, info.height) == (64, 48)
@@ -347,7 +347,7 @@ def test_unusable_frames_and_settings_are_refused(tmp_path):
         writer.write(bad[:, :, :32])
     with pytest.raises(InputError, match="at least one frame"), VideoWriter(path, 10, 64, 48):
         pass
-    for settings in ({"fps": 0}, {"codec": "nope"}, {"crf": 52}, {"audio_source": tmp_path / "gone.mp4"}):
+    for settings in ({"fps": 0}, {"codec": "nope"}, {"quality": 52}, {"audio_source": tmp_path / "gone.mp4"}):
         with pytest.raises(InputError):
             VideoWriter(**{"path": path, "fps": 10, "width": 64, "height": 48, **settings})
     assert list(tmp_path.iterdir()) == []
