@@ -78,7 +78,8 @@ def widget_values(node: dict, specs: list[InputSpec]) -> dict:
             break
         values[spec.name] = queue.pop(0)
         left = len(widgets) - index - 1
-        if spec.may_be_controlled and queue and queue[0] in CONTROL_VALUES:
+        # In old files the control is a boolean.
+        if spec.may_be_controlled and queue and (queue[0] in CONTROL_VALUES or isinstance(queue[0], bool)):
             queue.pop(0)
         if spec.uploads and len(queue) > left and (queue[0] is None or isinstance(queue[0], str)):
             queue.pop(0)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT / "scripts") not in sys.path:
-    sys.path.append(str(ROOT / "scripts"))
+for folder in (ROOT / "scripts", ROOT / "tests" / "server"):
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _start(tmp_path_factory, variable: str, name: str):
