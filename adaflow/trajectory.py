@@ -91,8 +91,10 @@ class Trajectory:
         """VE latents of ``frames`` at any noise level, float32.
 
         Between two levels the VE latent is interpolated linearly in sigma, the straight line of the inversion step
-        itself; above the last level that line is continued; below the first the clean latent stands.
+        itself; above the last level that line is continued; at 0 and below the first the clean latent stands.
         """
+        if sigma <= 0.0:
+            return self.level(0, frames)
         lo, hi, weight = bracket(self.sigmas, sigma)
         if weight in (0.0, 1.0):
             level = hi if weight else lo

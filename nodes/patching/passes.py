@@ -88,6 +88,7 @@ class SourceJointPass(UNetPass):
             raise StopForward
 
     def self_attention(self, call, layer, attn, x, context, value):
+        call.layer_size(x.shape[1])  # raises where another patch changed the tokens
         q, k = attn.to_q(x), attn.to_k(x if context is None else context)
         if self.state.injects_attention(layer):
             for (branch, queries), (_, keys) in zip(split_branches(call, q), split_branches(call, k), strict=True):

@@ -29,12 +29,13 @@ if os.environ.get("COMFYUI_PATH"):
         sys.argv = _argv
 
 
-def pytest_collection_modifyitems(items):
-    if not os.environ.get("COMFYUI_PATH"):
-        skip = pytest.mark.skip(reason="COMFYUI_PATH names no ComfyUI; scripts/test sets one up")
-        for item in items:
-            if "tests/comfy/" in item.path.as_posix():
-                item.add_marker(skip)
+collect_ignore_glob = [] if os.environ.get("COMFYUI_PATH") else ["test_*.py"]  # they import comfy at their top
+
+
+def pytest_report_header():
+    if collect_ignore_glob:
+        return "tests/comfy left out: COMFYUI_PATH names no ComfyUI; scripts/test sets one up"
+    return None
 
 
 @pytest.fixture(scope="session")
