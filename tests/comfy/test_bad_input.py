@@ -93,7 +93,7 @@ def test_an_empty_source_prompt(graph):
 
 @pytest.mark.parametrize("changes", [{"mean": 1.5}, {"window": -2.0}, {"max_clip": 0}])
 def test_thresholds_out_of_range(graph, changes):
-    with refuses("AdaFlowKeyframeSelect", r"\w+", list(changes.values())[0]):
+    with refuses("AdaFlowKeyframeSelect", r"\w+", next(iter(changes.values()))):
         select(graph.descriptors, **changes)
 
 

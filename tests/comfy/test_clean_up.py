@@ -85,7 +85,7 @@ STAGES = {
 @pytest.mark.parametrize("end", ["success", "exception", "exception deep inside", "cancel"])
 def test_nothing_is_left_behind(graph, stage, end, comfy_folders):
     before, files = plain(graph), set(comfy_folders.rglob("*.partial"))
-    stored = {p for p in comfy_folders.rglob("*.safetensors")}
+    stored = set(comfy_folders.rglob("*.safetensors"))
     if end == "success":
         STAGES[stage](graph, graph.model)
     elif end == "cancel":
@@ -109,7 +109,7 @@ def test_nothing_is_left_behind(graph, stage, end, comfy_folders):
     assert torch.equal(plain(graph), before)
     gc.collect()
     assert set(comfy_folders.rglob("*.partial")) == files
-    assert {p for p in comfy_folders.rglob("*.safetensors")} == stored  # nothing refers to what the stage made
+    assert set(comfy_folders.rglob("*.safetensors")) == stored  # nothing refers to what the stage made
 
 
 def test_hooks_are_held_only_during_an_evaluation(graph):
@@ -127,7 +127,7 @@ def test_hooks_are_held_only_during_an_evaluation(graph):
 
 
 def test_another_packs_forward_is_put_back(graph):
-    """A forward that somebody hung on an attention stands there again afterwards, and was called where we do not act."""
+    """A forward that somebody hung on an attention stands there again afterwards."""
     _, attn = next(self_attentions(graph.model.model.diffusion_model))
     original, calls = attn.forward, []
 

@@ -100,7 +100,7 @@ def test_a_controlnet_sees_each_frames_own_hint(shape):
 
 
 def frame_by_frame(graph, positive, negative, model=None):
-    """ComfyUI's plain sampling of each frame alone, from the inverted clip, with its own entries of the conditioning."""
+    """ComfyUI's plain sampling of each frame alone, with its own entries of the conditioning."""
     out = []
     for frame in range(FRAMES):
         conds = [slice_conditioning(c, [frame], FRAMES) for c in (positive, negative)]
