@@ -36,6 +36,7 @@ SDXL = SD2 | {
     "num_classes": "sequential",
     "adm_in_channels": 32 + 6 * 256,
 }
+SD2_FULL = SD2 | {"model_channels": 320, "num_head_channels": 64, "context_dim": 1024}
 SHAPES = {"sd1": (SD1, "eps"), "sd2": (SD2, "eps"), "sd2-v": (SD2, "v"), "sdxl": (SDXL, "eps")}
 
 
@@ -68,22 +69,26 @@ def initialise(module: torch.nn.Module, seed: int) -> None:
     """Fan-in scaled normal weights, everywhere: nothing is zero, so that nothing hides."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
-        elif name.endswith("weight"):
-            parameter.data = 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+            values /= parameter[0].numel() ** 0.5
         else:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+            values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
+        parameter.data = values.to(parameter.dtype)
         parameter.requires_grad_(False)
 
 
-def small_model(shape: str = "sd1", seed: int = 0):
-    """A ModelPatcher on a small random UNet of one of ``SHAPES``."""
-    unet_config, prediction = SHAPES[shape]
+def small_model(shape: str = "sd1", seed: int = 0, device=None):
+    """A ModelPatcher on a small random UNet of one of ``SHAPES``, run on ComfyUI's device by default."""
+    return random_model(*SHAPES[shape], seed, torch.float32, device)
+
+
+def random_model(unet_config: dict, prediction: str, seed: int, dtype: torch.dtype, device=None):
+    """A ModelPatcher on a random UNet."""
     config = _Config(dict(unet_config))
     config.prediction = prediction
-    config.unet_config["dtype"] = torch.float32
-    device = comfy.model_management.get_torch_device()
+    config.unet_config["dtype"] = dtype
+    device = device or comfy.model_management.get_torch_device()
     model = config.get_model({}, device=torch.device("cpu"))
     initialise(model.diffusion_model, seed)
     model.eval()

@@ -1,0 +1,122 @@
+"""On a CUDA device: the same results as on the CPU, the full size in half precision, and no memory left behind.
+
+What it measures is written as JSON to ``$ADAFLOW_GPU_RESULTS``, if set; a run on one is in ``benchmarks/results``.
+"""
+
+import gc
+import json
+import os
+import time
+from pathlib import Path
+
+import comfy.model_management
+import oracles
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from graph import Graph, plain_euler, select
+from models import SD2_FULL, SHAPES, clip_latent, random_model, small_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device; benchmarks/results has a run on one"),
+]
+RESULTS = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def results():
+    """Exact float32 while the module runs; the results file at its end."""
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    path = os.environ.get("ADAFLOW_GPU_RESULTS")
+    if path and torch.cuda.is_available():
+        about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        Path(path).write_text(json.dumps(about | RESULTS, indent=2) + "\n")
+
+
+@pytest.mark.parametrize("interpolation", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gpu_gives_what_the_cpu_gives(shape, interpolation):
+    edits = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        graph = Graph(shape, steps=3, model=small_model(shape, device=device))
+        plan = select(graph.descriptors, -1.0, -1.0, max_clip=2, mode="schedule", schedule="0,3,4")
+        edits.append(graph.edit(plan, interpolation, model=graph.slim(2)).cpu())
+    found = oracles.relative_error(edits[1], edits[0])
+    RESULTS[f"edit on GPU against CPU, float32, {shape}, interpolation {interpolation}"] = found
+    assert found < 2e-4
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    """SD 2.1's UNet with random weights, half precision, and the clip that it inverted at 384x672."""
+    with torch.inference_mode():
+        model = random_model(SD2_FULL, "eps", 0, torch.float16)
+        model.model.diffusion_model.out[-1].weight.mul_(0.5)
+        context = [[torch.randn(1, 77, 1024, generator=torch.Generator().manual_seed(4)), {}]]
+        graph = Graph("sd2", latent=clip_latent(240, (48, 84)), steps=2, model=model, source=context)
+        graph.positive = [[context[0][0].flip(1), {}]]
+        graph.negative = [[context[0][0].flip(2), {}]]
+        yield graph
+
+
+def one_step(graph, plan, shares, model=None, **changes):
+    model = graph.patch(plan, graph.slim(8, model=model), shares, **changes)
+    sigma = graph.trajectory.sigmas[-1]
+    return plain_euler(model, graph.latent, [sigma, 0.0], graph.positive, graph.negative, 7.5)
+
+
+def test_half_precision_at_full_size(full_size):
+    plan = select(full_size.descriptors, -1.0, -1.0, max_clip=24, mode="fixed")
+    half = one_step(full_size, plan, (1.0, 1.0))
+    single = random_model(SD2_FULL, "eps", 0, torch.float32)
+    single.model.diffusion_model.load_state_dict(full_size.model.model.diffusion_model.state_dict())
+    found = oracles.relative_error(half, one_step(full_size, plan, (1.0, 1.0), model=single))
+    RESULTS["one step at full size, float16 against float32"] = found
+    assert found < 2e-2
+
+
+@pytest.mark.parametrize("injecting", [True, False])
+def test_memory_and_time_of_a_step(full_size, injecting):
+    """Recorded, not asserted: the peak must only return to where it was."""
+    plan = select(full_size.descriptors, -1.0, -1.0, max_clip=24, mode="fixed")
+    shares = (1.0, 1.0) if injecting else (0.0, 0.0)
+    one_step(full_size, plan, shares)
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    one_step(full_size, plan, shares)
+    torch.cuda.synchronize()
+    name = "injecting" if injecting else "past injection"
+    RESULTS[f"step of 240 frames, 10 keyframes, budget 8, {name}"] = {
+        "seconds": time.perf_counter() - started,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+        "model GiB": before / 2**30,
+    }
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20
+
+
+@pytest.mark.parametrize("end", ["cancel", "exception"])
+def test_memory_returns_after(full_size, end):
+    plan = select(full_size.descriptors, -1.0, -1.0, max_clip=24, mode="fixed")
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    calls = iter(range(100))
+
+    def wrapper(executor, *args, **kwargs):
+        if next(calls) == 4:
+            if end == "exception":
+                raise KeyError("somebody's patch")
+            comfy.model_management.interrupt_current_processing(True)
+        return executor(*args, **kwargs)
+
+    model = full_size.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    with pytest.raises((KeyError, comfy.model_management.InterruptProcessingException)):
+        one_step(full_size, plan, (1.0, 1.0), model=model)
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20
