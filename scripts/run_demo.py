@@ -28,8 +28,9 @@ from demo_sheet import contact_sheet
 from setup_env import cache_folder, say
 from workflow_api import Prompt, WorkflowError, find_nodes, set_input, swap_node, upstream, workflow_to_api
 
-SOURCE_PROMPT = "a yellow disc and a red box in front of a blue and green gradient"
-PROMPT = "a watercolour painting of a yellow disc and a red box, soft paper texture"
+SOURCE_PROMPT = "a disc and a box in front of a colourful gradient"
+PROMPT = "a watercolour painting of a disc and a box, soft paper texture"
+CLIP_FRAMES = 36
 MEANINGLESS = "Random demo model: it has learnt nothing, the picture means nothing. Give --checkpoint FILE for an edit."
 
 
@@ -54,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         "nothing); with --server, a name from its list of checkpoints",
     )
     add("--frames", type=int, metavar="N", help="frames to edit, from the first (default: all of them)")
-    add("--size", type=int, metavar="PX", help="longer side, a multiple of 64 (default: 256, with --checkpoint 512)")
+    add("--size", type=int, metavar="PX", help="longer side, a multiple of 64 (default: 192, with --checkpoint 512)")
     add("--steps", type=int, metavar="N", help="steps of inversion and of sampling (default: 8, with --checkpoint 50)")
     add("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: ./demo-output")
     add("--workflow", type=Path, metavar="JSON", help="a saved workflow (default: the basic edit in workflows/)")
@@ -76,7 +77,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise DemoError(f"--{name} is {value}; expected {least} or more")
     if args.size is not None and args.size % 64:
         raise DemoError(f"--size is {args.size}; expected a multiple of 64")
-    args.size = args.size or (512 if args.checkpoint else 256)
+    args.size = args.size or (512 if args.checkpoint else 192)
     args.steps = args.steps or (50 if args.checkpoint else 8)
     if args.video is not None and args.source_prompt is None:
         say("no --source-prompt: the clip is inverted with an empty prompt; a description of it would keep it better")
@@ -180,7 +181,7 @@ def demo(client: ComfyClient, args: argparse.Namespace, input_folder: Path | Non
     """Bring the clip to the server, run the workflow, save what it made."""
     video = args.video
     if video is None:
-        video = render(args.output / "source.mp4", frames=args.frames or 48, width=args.size, height=args.size)
+        video = render(args.output / "source.mp4", frames=args.frames or CLIP_FRAMES, width=args.size, height=args.size)
         say(f"source clip:   {video}")
     # A name that is new to the server, whatever the user's file is called.
     name = f"demo-source{video.suffix.lower() or '.mp4'}"
