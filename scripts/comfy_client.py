@@ -148,7 +148,7 @@ class ComfyClient:
             raise PromptRejected(json.load(error)) from error
         if answer.get("node_errors"):
             self.request("/queue", {"delete": [answer["prompt_id"]]})
-            self.interrupt()
+            self.interrupt(answer["prompt_id"])
             raise PromptRejected(answer)
         return answer["prompt_id"]
 
@@ -156,8 +156,9 @@ class ComfyClient:
         """What ComfyUI keeps of a prompt that ended; None while it has not."""
         return self.request(f"/history/{prompt_id}").get(prompt_id)
 
-    def interrupt(self) -> None:
-        self.request("/interrupt", {})
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Cancel the running prompt; with an id only if it is that one, where ComfyUI is new enough to tell."""
+        self.request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
     def follow(self, prompt_id: str, on_progress: Callable[[Progress], None] | None = None, timeout: float = 0) -> dict:
         """Wait for a prompt; its outputs by node id.
@@ -224,7 +225,7 @@ class ComfyClient:
         except (KeyboardInterrupt, TimeoutError):
             with contextlib.suppress(OSError):
                 self.request("/queue", {"delete": [prompt_id]})
-                self.interrupt()
+                self.interrupt(prompt_id)
             raise
 
     @staticmethod

@@ -228,7 +228,8 @@ def with_own_server(args: argparse.Namespace) -> None:
 
 def main() -> int:
     args = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts background jobs with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     where = "" if args.server else f"\n  the server's log: {args.output / 'server.log'}"
     try:
         check_arguments(args)
