@@ -36,6 +36,11 @@ def clip_latent(latent: dict, where: str, input_name: str = "latent") -> Tensor:
     return samples
 
 
+def middle_column(latent: Tensor) -> Tensor:
+    """The column of a clip latent whose y-t slice is shown, (frames, channels, height)."""
+    return latent[..., latent.shape[-1] // 2]
+
+
 def run_file(name: str, size_bytes: int, where: str) -> Path:
     """A new file name under ComfyUI's temp folder, once the disk has room for ``size_bytes``.
 

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 from ..adaflow.descriptors import DescriptorWriter
 from ..adaflow.errors import require
 from ..adaflow.trajectory import clip_fingerprint, trajectory_bytes
-from .common import clip_latent, remove_when_unused, run_file
+from .common import clip_latent, middle_column, remove_when_unused, run_file
 from .patching.families import model_signature
 from .patching.inversion import descriptor_channels, extract_descriptors, zero_conditioning
-from .patching.preview import column_rgb
+from .patching.preview import latent_rgb
 from .types import CATEGORY, Descriptors
 
 
@@ -79,7 +79,9 @@ class AdaFlowExtractDescriptors(io.ComfyNode):
         number = None if block < 0 else block
         shape = (samples.shape[0], descriptor_channels(model, where, number), *samples.shape[2:])
         path = run_file("descriptors", trajectory_bytes(shape, 1, torch.float16), where)
-        writer = DescriptorWriter(path, shape, signature, clip_fingerprint(samples), column_rgb(model, samples))
+        writer = DescriptorWriter(
+            path, shape, signature, clip_fingerprint(samples), latent_rgb(model, middle_column(samples))
+        )
         progress = comfy.utils.ProgressBar(samples.shape[0])
         try:
             extract_descriptors(

@@ -6,10 +6,10 @@ from comfy_api.latest import io
 from ..adaflow.descriptors import DescriptorWriter
 from ..adaflow.errors import require
 from ..adaflow.trajectory import TrajectoryWriter, clip_fingerprint, trajectory_bytes
-from .common import clip_latent, remove_when_unused, run_file
+from .common import clip_latent, middle_column, remove_when_unused, run_file
 from .patching.families import model_signature, unet_family
 from .patching.inversion import descriptor_channels, inversion_sigmas, invert
-from .patching.preview import column_rgb, sampling_callback
+from .patching.preview import latent_rgb, sampling_callback
 from .types import CATEGORY, Descriptors, Trajectory
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
@@ -86,7 +86,9 @@ class AdaFlowDDIMInvert(io.ComfyNode):
         path = run_file("trajectory", levels, where)
         trajectory = TrajectoryWriter(path, samples.shape, sigmas, signature, clip, dtype)
         path = run_file("descriptors", trajectory_bytes(features, 1, dtype), where)
-        descriptors = DescriptorWriter(path, features, signature, clip, column_rgb(model, samples), dtype)
+        descriptors = DescriptorWriter(
+            path, features, signature, clip, latent_rgb(model, middle_column(samples)), dtype
+        )
         try:
             callback = sampling_callback(model, len(sigmas) - 1)
             noisiest = invert(model, source, samples, steps, trajectory, descriptors, where, chunk, callback)

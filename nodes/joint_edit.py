@@ -1,11 +1,12 @@
 """AdaFlowJointKeyframeEdit: the keyframes edited together, to look at before the whole clip is made."""
 
 import comfy.samplers
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from .patching.edit import Edit
 from .patching.evaluator import EditSettings
 from .patching.patch import deterministic_samplers
+from .patching.preview import latent_rgb
 from .types import CATEGORY, Plan, Trajectory
 from .types import Edit as EditType
 
@@ -43,8 +44,8 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
             node_id="AdaFlowJointKeyframeEdit",
             display_name="AdaFlow Joint Keyframe Edit",
             category=CATEGORY,
-            description="Edits the keyframes together and shows them: a preview of the edit in seconds. With draw mode "
-            "fixed these are the very keyframes of the finished clip; with resample they are the first step's.",
+            description="Edits the keyframes together and shows them, in coarse colours without a VAE: a preview in "
+            "seconds. With draw mode fixed these are the very keyframes of the finished clip; with resample they are the first step's.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to edit with: LoRA and patches stay in force. The KV budget "
                     "is that of AdaFlow Slim Attention when wired before, else 20 keyframes."),
@@ -87,4 +88,5 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
         )  # fmt: skip
         edit.check(where)
         keyframes = edit.sample(settings, where, plan.keyframes(0))
-        return io.NodeOutput({"samples": keyframes}, edit)
+        pictures = latent_rgb(model, keyframes).repeat_interleave(8, 1).repeat_interleave(8, 2)
+        return io.NodeOutput({"samples": keyframes}, edit, ui=ui.PreviewImage(pictures, cls=cls))

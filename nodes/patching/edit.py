@@ -70,12 +70,13 @@ class Edit:
         sigmas = comfy.samplers.KSampler(
             patched, self.steps, patched.load_device, self.sampler_name, self.scheduler, 1.0, patched.model_options
         ).sigmas
+        # ComfyUI's ddim is euler, but for a noise mask, where it would put random noise in place of the trajectory
         clean = patched.model.latent_format.process_out(self.trajectory.at(0.0, rows))
         return comfy.sample.sample_custom(
             patched,
             torch.zeros_like(clean),
             self.cfg,
-            comfy.samplers.sampler_object(self.sampler_name),
+            comfy.samplers.sampler_object("euler" if self.sampler_name == "ddim" else self.sampler_name),
             sigmas,
             positive,
             negative,

@@ -123,6 +123,20 @@ class EditEvaluator:
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
+    def halve_chunk(self, tried: int) -> None:
+        """After an out-of-memory error with ``tried`` frames: go on with half of them, or give up with one.
+
+        To be called while that error is handled, which is raised again with advice when there is nothing to halve.
+        """
+        if tried == 1:
+            raise RuntimeError(
+                f"AdaFlow: out of memory with one frame at a time beside {len(self.plan.clips)} keyframes: use a "
+                "smaller size, or fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select)"
+            )
+        self._chunk = max(1, tried // 2)
+        logger.warning("AdaFlow: out of memory with %d frames at a time; going on with %d", tried, self._chunk)
+        comfy.model_management.soft_empty_cache()
+
     def rows(self, frames) -> list[int]:
         """Rows of the sampled latent that hold ``frames``."""
         return [self._rows[frame] for frame in frames]
@@ -170,14 +184,22 @@ class _Evaluation:
         self._store(out, keyframes, self._evaluate(self.conds, keyframes, EditJointPass(self.state)))
         left = [frame for frame in edit.frames if frame not in set(keyframes)]
         branches = sum(len(branch) for branch in self.conds if branch is not None)
-        chunk = edit.chunk(self.model, self.x, branches) if left else 1
-        for start in range(0, len(left), chunk):
-            frames = left[start : start + chunk]
-            where = edit.plan.propagation(frames, keyframes, edit.settings.interpolate)
-            if self.injection.conv:
-                self._evaluate(self.sources, frames, SourcePropagationPass(self.state, where), source=True)
-            self._store(out, frames, self._evaluate(self.conds, frames, EditPropagationPass(self.state, where)))
+        while left:
+            frames = left[: edit.chunk(self.model, self.x, branches)]
+            try:
+                predictions = self._propagate(frames)
+            except comfy.model_management.OOM_EXCEPTION:
+                edit.halve_chunk(len(frames))
+                continue
+            self._store(out, frames, predictions)
+            left = left[len(frames) :]
         return out
+
+    def _propagate(self, frames: list[int]) -> list[Tensor]:
+        where = self.edit.plan.propagation(frames, self.state.keyframes, self.edit.settings.interpolate)
+        if self.injection.conv:
+            self._evaluate(self.sources, frames, SourcePropagationPass(self.state, where), source=True)
+        return self._evaluate(self.conds, frames, EditPropagationPass(self.state, where))
 
     def _evaluate(self, conds, frames, step_pass, source: bool = False) -> list[Tensor]:
         """``calc_cond_batch`` of some frames under a pass; the source branch reads the trajectory instead of x."""

@@ -192,6 +192,13 @@ def check_edit(model_patcher, plan: EditPlan, trajectory: Trajectory, where: str
         f"{trajectory.frames} frames, as the trajectory has",
     )
     require(
+        plan.descriptors.model == trajectory.model,
+        where,
+        "plan",
+        f"made with descriptors of {plan.descriptors.model}",
+        f"descriptors of the trajectory's model: {trajectory.model}",
+    )
+    require(
         plan.descriptors.clip == trajectory.clip,
         where,
         "plan",

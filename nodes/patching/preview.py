@@ -10,21 +10,21 @@ def sampling_callback(model_patcher, steps: int):
     return latent_preview.prepare_callback(model_patcher, steps)
 
 
-def column_rgb(model_patcher, latent: Tensor) -> Tensor:
-    """The middle column of every frame as colour: the clip's y-t slice.
+def latent_rgb(model_patcher, latent: Tensor) -> Tensor:
+    """Approximate colours of a latent, one pixel each.
 
     Args:
-        latent: clean, as a LATENT holds it, (frames, channels, height, width).
+        latent: clean, as a LATENT holds it, (frames, channels, ...).
 
     Returns:
-        (frames, height, 3) in 0 .. 1.
+        (frames, ..., 3) in 0 .. 1.
     """
     latent_format = model_patcher.model.latent_format
-    column = latent_format.process_in(latent[..., latent.shape[-1] // 2]).movedim(1, -1).float()
+    pixels = latent_format.process_in(latent).movedim(1, -1).float()
     factors = latent_format.latent_rgb_factors
     if factors is None:
-        return column.mean(-1, keepdim=True).expand(-1, -1, 3).sigmoid()
+        return pixels.mean(-1, keepdim=True).expand(*pixels.shape[:-1], 3).sigmoid()
     bias = latent_format.latent_rgb_factors_bias
-    rgb = column @ torch.tensor(factors, dtype=torch.float32)
+    rgb = pixels @ torch.tensor(factors, dtype=torch.float32)
     rgb = rgb if bias is None else rgb + torch.tensor(bias, dtype=torch.float32)
     return ((rgb + 1) / 2).clamp(0, 1)

@@ -142,6 +142,9 @@ def test_a_plan_of_another_length_or_clip(graph, other):
     longer = Graph("sd1", frames=5, steps=2)
     with refuses("AdaFlowJointKeyframeEdit", "plan", "5 frames", "4 frames"):
         graph.joint(select(longer.descriptors))
+    v = Graph("sd2-v", frames=4, steps=2, latent=graph.latent)
+    with refuses("AdaFlowPatchModel", "plan", "V_PREDICTION", "EPS"):
+        graph.patch(select(v.descriptors))
     with refuses("AdaFlowPatchModel", "plan", "another clip"):
         graph.patch(select(other.descriptors))
 

@@ -10,7 +10,7 @@ import torch
 from adaflow_pack.nodes.patching.windows import slice_conditioning, slice_control, take
 from comfy.patcher_extension import WrappersMP
 from graph import Graph, each_frame, plain_euler, select
-from models import SD1, SDXL, conditioning, initialise
+from models import SD1, SDXL, conditioning, initialise, random_model
 
 FRAMES, SIZE = 6, (8, 12)
 
@@ -280,3 +280,40 @@ def test_comfyui_reserves_memory_for_a_chunk_not_the_clip(graph):
     model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "after", prepare)
     plain_euler(model, graph.latent, graph.sigmas(), graph.positive, graph.negative, 3.0)
     assert shapes == [[2, 4, *SIZE]]
+
+
+def test_an_inpainting_models_concatenated_latents(graph):
+    """c_concat: a mask and a masked latent of its own for every frame."""
+    inpaint = random_model(SD1 | {"in_channels": 9}, "eps", 0, torch.float32)
+    inpaint.model.set_inpaint()
+    nine = Graph("sd1", latent=graph.latent, steps=3, model=inpaint)
+    generator = torch.Generator().manual_seed(3)
+    options = {
+        "concat_latent_image": torch.randn(FRAMES, 4, *SIZE, generator=generator),
+        "concat_mask": (torch.rand(FRAMES, 1, *SIZE, generator=generator) > 0.5).float(),
+    }
+    conds = [[[c[0][0], options]] for c in (nine.positive, nine.negative)]
+    expected = frame_by_frame(nine, *conds)
+    assert oracles.relative_error(reduced(nine, *conds), expected) < 1e-5
+    assert oracles.relative_error(expected, frame_by_frame(nine, nine.positive, nine.negative)) > 1e-3
+
+
+def out_of_memory_above(model, frames):
+    """A clone that has memory for so many rows in one propagation forward."""
+
+    def wrapper(executor, x, *args, **kwargs):
+        step_pass = args[4].get("adaflow")
+        if hasattr(step_pass, "where") and len(step_pass.where.frames) > frames:
+            raise torch.OutOfMemoryError("injected")
+        return executor(x, *args, **kwargs)
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "memory", wrapper)
+    return clone
+
+
+def test_out_of_memory_halves_the_chunk_and_goes_on(graph):
+    expected = graph.edit()
+    assert oracles.relative_error(graph.edit(model=out_of_memory_above(graph.model, 1)), expected) < 1e-5
+    with pytest.raises(RuntimeError, match=r"out of memory with one frame.*smaller size, or fewer keyframes"):
+        graph.edit(model=out_of_memory_above(graph.model, 0))
