@@ -132,14 +132,14 @@ def test_requirements() -> list[str]:
         return json.loads(line.split("=", 1)[1].strip())
 
 
-def make_venv(cache: Path, requirement_files: list[Path], extras: list[str]) -> Path:
-    """The environment's Python, with torch, the requirement files and the extras installed.
+def make_venv(cache: Path, requirements: Path, extras: list[str], constraints: list[Path]) -> Path:
+    """The environment's Python, with torch, ComfyUI's requirements and the extras installed.
 
     A stamp names what is installed: with it in place nothing is done, without it everything is checked again.
     """
     venv = cache / "venv"
     python, stamp = venv_python(venv), venv / ".adaflow-ready"
-    files = [file.read_text() for file in requirement_files]
+    files = [file.read_text() for file in [requirements, *constraints]]
     wanted = json.dumps([sys.version_info[:2], TORCH, UNLISTED, extras, files])
     content = hashlib.sha256(wanted.encode()).hexdigest()
     if stamped(stamp, content) and python.exists():
@@ -156,8 +156,8 @@ def make_venv(cache: Path, requirement_files: list[Path], extras: list[str]) -> 
         say("installing torch and what ComfyUI needs (some 5 GB the first time)")
         install = [*uv, "pip", "install", "--python", python]
         run([*install, *TORCH])
-        listed = [part for file in requirement_files for part in ("-r", file)]
-        run([*install, *TORCH, *listed, *UNLISTED, *extras])
+        pins = [part for file in constraints for part in ("-c", file)]
+        run([*install, *TORCH, "-r", requirements, *UNLISTED, *extras, *pins])
         write_stamp(stamp, content)
     return python
 
@@ -273,13 +273,13 @@ def prepare(purpose: str) -> dict[str, Path]:
     server_python = its_python(comfyui) if given or os.environ.get("COMFYUI_PYTHON") else None
     if purpose == "demo" and server_python:
         return {"ADAFLOW_PYTHON": server_python, "COMFYUI_PATH": comfyui, "COMFYUI_PYTHON": server_python}
-    tests = test_requirements()
-    files = [comfyui / "requirements.txt"]
+    tested = given is None and sys.version_info[:2] == (3, 11)
     if purpose == "test":
         old = get_comfyui(cache, OLD)
         browser_note()
     # One environment for both commands, so that neither undoes the other's.
-    python = make_venv(cache, files, tests)
+    constraints = [ROOT / "scripts" / "constraints.txt"] if tested else []
+    python = make_venv(cache, comfyui / "requirements.txt", test_requirements(), constraints)
     result = {"ADAFLOW_PYTHON": python, "COMFYUI_PATH": comfyui, "COMFYUI_PYTHON": server_python or python}
     if purpose == "test":
         result["ADAFLOW_COMFYUI_OLD"] = old
