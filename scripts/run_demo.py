@@ -63,6 +63,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def shipped_workflow() -> Path:
+    """The basic edit among the workflows of the pack."""
+    found = sorted((ROOT / "workflows").glob("*.json"))
+    basic = [path for path in found if "basic" in path.stem.lower()]
+    if not basic:
+        raise DemoError(f"{ROOT / 'workflows'} has no basic workflow")
+    return basic[0]
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is started."""
     if args.video is not None and not args.video.is_file():
@@ -77,21 +86,13 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise DemoError(f"--{name} is {value}; expected {least} or more")
     if args.size is not None and args.size % 64:
         raise DemoError(f"--size is {args.size}; expected a multiple of 64")
+    args.workflow = args.workflow or shipped_workflow()
     args.size = args.size or (512 if args.checkpoint else 192)
     args.steps = args.steps or (50 if args.checkpoint else 8)
     if args.video is not None and args.source_prompt is None:
         say("no --source-prompt: the clip is inverted with an empty prompt; a description of it would keep it better")
     args.source_prompt = args.source_prompt or ("" if args.video else SOURCE_PROMPT)
     args.prompt = PROMPT if args.prompt is None else args.prompt
-
-
-def shipped_workflow() -> Path:
-    """The basic edit among the workflows of the pack."""
-    found = sorted((ROOT / "workflows").glob("*.json"))
-    basic = [path for path in found if "basic" in path.stem.lower()]
-    if not basic:
-        raise DemoError(f"{ROOT / 'workflows'} has no basic workflow")
-    return basic[0]
 
 
 def build_prompt(workflow: dict, object_info: dict, args: argparse.Namespace, video: str, checkpoint: str) -> Prompt:
@@ -190,10 +191,9 @@ def demo(client: ComfyClient, args: argparse.Namespace, input_folder: Path | Non
     else:
         say(f"sending {video} to {client.url}")
         name = client.upload(video)
-    path = args.workflow or shipped_workflow()
     checkpoint = args.checkpoint if args.server or not args.checkpoint else Path(args.checkpoint).name
-    prompt = build_prompt(json.loads(path.read_text()), client.object_info(), args, name, checkpoint)
-    say(f"submitting {path.name}: {args.steps} steps, up to {args.size} pixels")
+    prompt = build_prompt(json.loads(args.workflow.read_text()), client.object_info(), args, name, checkpoint)
+    say(f"submitting {args.workflow.name}: {args.steps} steps, up to {args.size} pixels")
     bar = Bar(prompt)
     try:
         outputs = client.run(prompt, bar)
