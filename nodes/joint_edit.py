@@ -45,7 +45,8 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
             display_name="AdaFlow Joint Keyframe Edit",
             category=CATEGORY,
             description="Edits the keyframes together and shows them, in coarse colours without a VAE: a preview in "
-            "seconds. With draw mode fixed these are the very keyframes of the finished clip; with resample they are the first step's.",
+            "seconds. With draw mode fixed these are the very keyframes of the finished clip; with resample they are "
+            "the first step's.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to edit with: LoRA and patches stay in force. The KV budget "
                     "is that of AdaFlow Slim Attention when wired before, else 20 keyframes."),

@@ -7,6 +7,8 @@ a keyframe's own prediction comes from the joint pass.
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import comfy.model_management
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from .families import UNetFamily
+from .lockstep import Exchange, run_in_lockstep
 from .passes import (
     EditJointPass,
     EditPropagationPass,
@@ -39,7 +42,7 @@ class EditSettings:
             and the queries and keys, of the source replace the edit's (arXiv 2211.12572).
         interpolate: blend each frame's outputs with those of the neighbouring clip's keyframe (arXiv 2307.10373, 4.2).
         budget: keyframes' worth of keys and values that a keyframe attends to.
-        chunk: frames evaluated at once in propagation; 0 chooses from the free memory.
+        chunk: frames evaluated at once; 0 chooses from the free memory.
         start_from_trajectory: replace the sampler's start by the trajectory's latent of the first sigma.
     """
 
@@ -117,7 +120,7 @@ class EditEvaluator:
         return out
 
     def chunk(self, model, x: Tensor, branches: int) -> int:
-        """Frames in one forward of propagation; chosen once, from the memory that is free with the model loaded."""
+        """Frames in one forward; chosen once, from the memory that is free with the model loaded."""
         if not self._chunk:
             self._chunk = auto_chunk(model, x.shape, branches, x.device)
             logger.info("AdaFlow: %d frames at a time", self._chunk)
@@ -179,13 +182,18 @@ class _Evaluation:
         """Joint pass, then propagation of every frame that is not a keyframe."""
         edit, keyframes = self.edit, self.state.keyframes
         out = [torch.zeros_like(self.x) for _ in self.conds]
-        if self.injection.conv or self.injection.attention:
-            self._evaluate(self.sources, keyframes, SourceJointPass(self.state), source=True)
-        self._store(out, keyframes, self._evaluate(self.conds, keyframes, EditJointPass(self.state)))
+        while True:
+            chunks = self._joint_chunks()
+            try:
+                self._joint(out, chunks)
+                break
+            except comfy.model_management.OOM_EXCEPTION:
+                self.state.forget()
+                edit.halve_chunk(len(chunks[0]))
+        self.state.sources.clear()
         left = [frame for frame in edit.frames if frame not in set(keyframes)]
-        branches = sum(len(branch) for branch in self.conds if branch is not None)
         while left:
-            frames = left[: edit.chunk(self.model, self.x, branches)]
+            frames = left[: self._chunk()]
             try:
                 predictions = self._propagate(frames)
             except comfy.model_management.OOM_EXCEPTION:
@@ -194,6 +202,41 @@ class _Evaluation:
             self._store(out, frames, predictions)
             left = left[len(frames) :]
         return out
+
+    def _chunk(self) -> int:
+        branches = sum(len(branch) for branch in self.conds if branch is not None)
+        return self.edit.chunk(self.model, self.x, branches)
+
+    def _joint_chunks(self) -> list[tuple[int, ...]]:
+        """The keyframes in chunks of nearly equal size.
+
+        Chunks in lockstep must be batched alike. ComfyUI batches the prompts of one branch as memory allows, so where a
+        branch has several (regional prompts) all keyframes go in one chunk.
+        """
+        keyframes = self.state.keyframes
+        regional = any(branch is not None and len(branch) > 1 for branch in self.conds)
+        count = 1 if regional else -(-len(keyframes) // self._chunk())
+        bounds = [len(keyframes) * index // count for index in range(count + 1)]
+        return [keyframes[start:stop] for start, stop in pairwise(bounds)]
+
+    def _joint(self, out: list[Tensor], chunks: list[tuple[int, ...]]) -> None:
+        """The joint pass of every branch, in one batch if one chunk holds all keyframes, else branch by branch."""
+        if self.injection.conv or self.injection.attention:
+            for frames in chunks:
+                self._evaluate(self.sources, frames, SourceJointPass(self.state), source=True)
+        together = [self.conds]
+        if len(chunks) > 1:
+            together = [
+                [branch if branch is only else None for branch in self.conds] for only in self.conds if only is not None
+            ]
+        for conds in together:
+            exchange, workers, row = Exchange(len(chunks)), [], 0
+            for number, frames in enumerate(chunks):
+                step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)))
+                workers.append(partial(self._evaluate, conds, frames, step_pass))
+                row += len(frames)
+            for frames, predictions in zip(chunks, run_in_lockstep(workers), strict=True):
+                self._store(out, frames, predictions, conds)
 
     def _propagate(self, frames: list[int]) -> list[Tensor]:
         where = self.edit.plan.propagation(frames, self.state.keyframes, self.edit.settings.interpolate)
@@ -209,10 +252,12 @@ class _Evaluation:
         options = with_pass(self.model_options, step_pass)
         return self.executor(self.model, slice_conds(conds, rows), x, self.timestep[rows], options)
 
-    def _store(self, out: list[Tensor], frames, predictions: list[Tensor]) -> None:
+    def _store(self, out: list[Tensor], frames, predictions: list[Tensor], conds=None) -> None:
+        """Write the predictions of ``frames``, of those branches that ``conds`` does not leave out."""
         rows = self.edit.rows(frames)
-        for branch, prediction in zip(out, predictions, strict=True):
-            branch[rows] = prediction
+        for branch, prediction, cond in zip(out, predictions, conds or self.conds, strict=True):
+            if cond is not None:
+                branch[rows] = prediction
 
 
 def _area(cond: dict, x: Tensor) -> tuple[int, int, int, int] | None:

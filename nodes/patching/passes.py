@@ -14,6 +14,7 @@ from ...adaflow.descriptors import Area
 from ...adaflow.plan import EditPlan, Propagation
 from ...adaflow.propagation import gather_outputs
 from .families import UNetFamily
+from .lockstep import Exchange
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
 
 
@@ -30,13 +31,14 @@ class SourceFeatures:
     """Activations of the source branch that are injected.
 
     Attributes:
-        queries, keys: by layer, of the keyframes, (keyframes, tokens, channels).
-        conv: branch-internal feature of the injected ResBlock, of the frames of the current pass.
+        queries, keys: by layer, of the keyframes, chunk after chunk, (frames, tokens, channels).
+        conv: branch-internal feature of the injected ResBlock: of the keyframes, chunk after chunk, in the joint pass;
+            of the frames of the current chunk in propagation.
     """
 
-    queries: dict[Layer, Tensor] = field(default_factory=dict)
-    keys: dict[Layer, Tensor] = field(default_factory=dict)
-    conv: Tensor | None = None
+    queries: dict[Layer, list[Tensor]] = field(default_factory=dict)
+    keys: dict[Layer, list[Tensor]] = field(default_factory=dict)
+    conv: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -49,7 +51,7 @@ class StepState:
         injection: what is injected in this step.
         areas: part of the latent that each conditioning (by uuid) is evaluated on; None is all of it.
         sources: features of the source branch by area.
-        outputs: the keyframes' attention outputs, after the output projection, by (uuid, layer).
+        outputs: the keyframes' attention outputs, after the output projection, by (uuid, layer), chunk after chunk.
     """
 
     plan: EditPlan
@@ -59,7 +61,7 @@ class StepState:
     injection: Injection
     areas: dict[object, Area | None]
     sources: dict[Area | None, SourceFeatures] = field(default_factory=dict)
-    outputs: dict[tuple[object, Layer], Tensor] = field(default_factory=dict)
+    outputs: dict[tuple[object, Layer], list[Tensor]] = field(default_factory=dict)
 
     def source(self, branch) -> SourceFeatures:
         """Source features of the area that conditioning ``branch`` is evaluated on."""
@@ -68,22 +70,38 @@ class StepState:
     def injects_attention(self, layer: Layer) -> bool:
         return self.injection.attention and layer.section == "output" and layer.block in self.family.attention_blocks
 
+    def keyframe_outputs(self, branch, layer: Layer) -> Tensor:
+        """Attention outputs of all keyframes, (keyframes, tokens, channels)."""
+        return _joined(self.outputs[branch, layer])
 
-def _inject_conv(state: StepState, call: UNetCall, feature: Tensor) -> Tensor | None:
+    def forget(self) -> None:
+        """Drop what the joint passes stored, to run them again or to free the source's part of it."""
+        self.sources.clear()
+        self.outputs.clear()
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The chunks of ``parts`` as one tensor, which replaces them."""
+    if len(parts) > 1:
+        parts[:] = [torch.cat(parts)]
+    return parts[0]
+
+
+def _inject_conv(state: StepState, call: UNetCall, feature: Tensor, chunk: int = 0) -> Tensor | None:
     if not state.injection.conv:
         return None
-    return torch.cat([state.source(branch).conv.to(feature.dtype) for branch in call.branches])
+    return torch.cat([state.source(branch).conv[chunk].to(feature.dtype) for branch in call.branches])
 
 
 class SourceJointPass(UNetPass):
-    """Keyframes of the source branch: attention inside each frame; queries, keys and the feature are captured."""
+    """A chunk of the source branch's keyframes: attention inside each frame; what will be injected is captured."""
 
     def __init__(self, state: StepState):
         self.state = state
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
         for branch, part in split_branches(call, feature):
-            self.state.source(branch).conv = part
+            self.state.source(branch).conv.append(part)
         if not self.state.injection.attention:
             raise StopForward
 
@@ -92,40 +110,49 @@ class SourceJointPass(UNetPass):
         q, k = attn.to_q(x), attn.to_k(x if context is None else context)
         if self.state.injects_attention(layer):
             for (branch, queries), (_, keys) in zip(split_branches(call, q), split_branches(call, k), strict=True):
-                self.state.source(branch).queries[layer] = queries
-                self.state.source(branch).keys[layer] = keys
+                self.state.source(branch).queries.setdefault(layer, []).append(queries)
+                self.state.source(branch).keys.setdefault(layer, []).append(keys)
         v = attn.to_v(_first(value, context, x))
         out = attn.to_out(frame_attention(q, k, v, attn.heads))
         if layer.section != "output" or layer.block < self.state.family.conv_block:  # all that propagation reads
             for branch, part in split_branches(call, out):
-                self.state.outputs[branch, layer] = part
+                self.state.outputs.setdefault((branch, layer), []).append(part)
         return out
 
 
 class EditJointPass(UNetPass):
-    """Keyframes of the edit branches: extended attention among all of them under the KV budget."""
+    """A chunk of the edit branches' keyframes: extended attention among all keyframes under the KV budget.
 
-    def __init__(self, state: StepState):
-        self.state = state
+    Args:
+        exchange: shared by the chunks of one joint pass.
+        chunk: number of this chunk.
+        rows: keyframes of this chunk.
+    """
+
+    def __init__(self, state: StepState, exchange: Exchange, chunk: int, rows: slice):
+        self.state, self.exchange, self.chunk, self.rows = state, exchange, chunk, rows
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
-        return _inject_conv(self.state, call, feature)
+        return _inject_conv(self.state, call, feature, self.chunk)
 
     def self_attention(self, call, layer, attn, x, context, value):
         state, size = self.state, call.layer_size(x.shape[1])
-        v = attn.to_v(_first(value, context, x))
-        injects = state.injects_attention(layer)
-        q, k = (None, None) if injects else (attn.to_q(x), attn.to_k(x if context is None else context))
+        v = attn.to_v(_first(value, context, x)).chunk(len(call.branches))
+        if not state.injects_attention(layer):
+            q = attn.to_q(x).chunk(len(call.branches))
+            k = attn.to_k(x if context is None else context).chunk(len(call.branches))
         outs = []
-        for row, (branch, values) in enumerate(split_branches(call, v)):
-            if injects:
-                queries, keys = state.source(branch).queries[layer], state.source(branch).keys[layer]
+        for row, branch in enumerate(call.branches):
+            if state.injects_attention(layer):
+                source = state.source(branch)
+                queries, keys = source.queries[layer][self.chunk], torch.cat(source.keys[layer])
             else:
-                queries, keys = q.chunk(len(call.branches))[row], k.chunk(len(call.branches))[row]
+                queries, keys = q[row], self.exchange.swap((branch, layer, "k"), self.chunk, k[row])
+            values = self.exchange.swap((branch, layer, "v"), self.chunk, v[row])
             kept = state.plan.kept(state.keyframes, state.budget, size, state.areas[branch])
-            kept = None if kept is None else kept.to(x.device)
+            kept = None if kept is None else kept[self.rows].to(x.device)
             out = attn.to_out(extended_attention(queries, keys, values, attn.heads, kept))
-            state.outputs[branch, layer] = out
+            state.outputs.setdefault((branch, layer), []).append(out)
             outs.append(out)
         return torch.cat(outs)
 
@@ -142,7 +169,7 @@ class PropagationPass(UNetPass):
         size = call.layer_size(x.shape[1])
         parts = []
         for branch in call.branches:
-            outputs, area = self.state.outputs[branch, layer], self.state.areas[branch]
+            outputs, area = self.state.keyframe_outputs(branch, layer), self.state.areas[branch]
             out = self._gather(outputs, self.where.keyframes, size, area)
             if self.where.neighbours != self.where.keyframes:
                 other = self._gather(outputs, self.where.neighbours, size, area)
@@ -165,7 +192,7 @@ class SourcePropagationPass(PropagationPass):
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
         for branch, part in split_branches(call, feature):
-            self.state.source(branch).conv = part
+            self.state.source(branch).conv = [part]
         raise StopForward
 
 

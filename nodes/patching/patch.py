@@ -239,7 +239,7 @@ def patch_edit(
             where,
         )
     patch = EditPatch(where, plan, trajectory, settings, family, frames or tuple(range(plan.frames)))
-    reserved = max(len(plan.clips), settings.chunk or PRELOAD_FRAMES)
+    reserved = settings.chunk or PRELOAD_FRAMES
     return add_wrappers(
         model_patcher,
         {

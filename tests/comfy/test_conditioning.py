@@ -56,7 +56,10 @@ class Recorder:
 
     def __call__(self, executor, x, *args, **kwargs):
         step_pass = args[4].get("adaflow")
-        frames = step_pass.where.frames if hasattr(step_pass, "where") else step_pass.state.keyframes
+        if hasattr(step_pass, "where"):
+            frames = step_pass.where.frames
+        else:
+            frames = step_pass.state.keyframes[getattr(step_pass, "rows", slice(None))]
         control = args[3] and {section: list(residuals) for section, residuals in args[3].items()}  # the UNet pops them
         self.calls.append((type(step_pass).__name__, frames, x.clone(), args[0].clone(), args[1].clone(), control))
         return executor(x, *args, **kwargs)

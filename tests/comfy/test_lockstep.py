@@ -1,0 +1,91 @@
+"""Chunks of keyframes in lockstep against all of them in one batch."""
+
+import oracles
+import pytest
+import torch
+from adaflow_pack.nodes.patching.lockstep import Exchange, run_in_lockstep
+from comfy.patcher_extension import WrappersMP
+from graph import Graph, each_frame, plain_euler
+from models import SHAPES
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (1.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_uneven_chunks_equal_one_batch(shape, shares):
+    graph = Graph(shape, frames=7, size=(6, 9), steps=2)
+    plan = each_frame(graph.descriptors)
+    model = graph.slim(3)
+    whole = graph.edit(plan, model=model, shares=shares, chunk=7)
+    for chunk in (1, 3, 4):
+        parts = graph.edit(plan, model=model, shares=shares, chunk=chunk)
+        assert oracles.relative_error(parts, whole) < 1e-5, chunk
+
+
+def test_a_forward_never_holds_more_than_a_chunk():
+    graph = Graph("sd1", frames=7, steps=2)
+    rows = []
+
+    def wrapper(executor, x, *args, **kwargs):
+        rows.append(x.shape[0])
+        return executor(x, *args, **kwargs)
+
+    model = graph.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    patched = graph.patch(each_frame(graph.descriptors), model, chunk=2)
+    plain_euler(patched, graph.latent, graph.sigmas(), graph.positive, graph.negative, 1.0)
+    assert max(rows) == 2
+
+
+def test_out_of_memory_in_the_joint_pass_halves_the_chunk():
+    graph = Graph("sd1", frames=6, steps=2)
+    plan = each_frame(graph.descriptors)
+
+    def wrapper(executor, x, *args, **kwargs):
+        if x.shape[0] > 4 and args[4].get("adaflow") is not None:
+            raise torch.OutOfMemoryError("injected")
+        return executor(x, *args, **kwargs)
+
+    model = graph.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    assert oracles.relative_error(graph.edit(plan, model=model), graph.edit(plan)) < 1e-5
+
+
+def test_regional_prompts_keep_the_keyframes_in_one_batch():
+    """ComfyUI decides how it batches several prompts of a branch, so they are not run in lockstep."""
+    graph = Graph("sd1", frames=5, steps=2)
+    plan = each_frame(graph.descriptors)
+    positive = [graph.positive[0], [graph.source[0][0], {"area": (4, 6, 2, 4), "strength": 0.5}]]
+    whole = graph.edit(plan, positive=positive, chunk=5)
+    assert oracles.relative_error(graph.edit(plan, positive=positive, chunk=2), whole) < 1e-5
+
+
+def test_workers_take_turns_and_swap_in_order():
+    exchange, order = Exchange(3), []
+
+    def worker(party):
+        for round_ in range(3):
+            order.append((round_, party))
+            joined = exchange.swap(round_, party, torch.tensor([10 * round_ + party]))
+            assert joined.tolist() == [10 * round_ + p for p in range(3)]
+        return party
+
+    assert run_in_lockstep([lambda p=p: worker(p) for p in range(3)]) == [0, 1, 2]
+    assert order == sorted(order)
+    assert not exchange._published and not exchange._joined
+
+
+def test_a_failure_ends_the_others_with_their_finally_run():
+    exchange, ended = Exchange(3), []
+
+    def worker(party):
+        try:
+            exchange.swap("a", party, torch.zeros(1))
+            if party == 1:
+                raise KeyError("boom")
+            exchange.swap("b", party, torch.zeros(1))
+        finally:
+            ended.append(party)
+
+    with pytest.raises(KeyError, match="boom"):
+        run_in_lockstep([lambda p=p: worker(p) for p in range(3)])
+    assert sorted(ended) == [0, 1, 2]
