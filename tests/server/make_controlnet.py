@@ -9,6 +9,10 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing(False)
 
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+
 import comfy.cldm.cldm  # noqa: E402
 import comfy.ops  # noqa: E402
 import safetensors.torch  # noqa: E402
