@@ -15,6 +15,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
 from torch import Tensor, nn
 
 UNET = {
@@ -154,8 +155,7 @@ def demo_vae() -> comfy.sd.VAE:
 
     Pixels (frames, height, width, 3) from 0 to 1, latents (frames, 4, height/8, width/8).
     """
-    vae = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": copy.deepcopy(VAE), "embed_dim": 4}})
-    model = vae.first_stage_model
+    model = AutoencoderKL(ddconfig=copy.deepcopy(VAE), embed_dim=4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
@@ -188,7 +188,7 @@ def demo_vae() -> comfy.sd.VAE:
             _carry(decoder.up[level].upsample.conv.weight, 3, smooth)
         _spread(decoder.up[0].block[0].nin_shortcut)
         _gather(decoder.norm_out, decoder.conv_out, 1.0)
-    return vae
+    return comfy.sd.VAE(model.state_dict(), config={"params": {"ddconfig": copy.deepcopy(VAE), "embed_dim": 4}})
 
 
 def load_demo_model(seed: int = 0) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
