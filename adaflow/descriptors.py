@@ -95,22 +95,27 @@ class Descriptors:
 
     def slice_rgb(self) -> Tensor:
         """y-t slice of the clip, (frames, height, 3) in 0 .. 1."""
-        return self._reader.read("slice_rgb", slice(None))
+        return self._reader.read("slice_rgb", slice(None)).clone()
 
-    def tokens(self, frames: list[int], size=None, area: Area | None = None, device=None, dtype=None) -> Tensor:
-        """Normalised descriptors at a layer's resolution.
+    def maps(self, frames: list[int], area: Area | None = None, device=None) -> Tensor:
+        """Normalised descriptor maps as stored, (frames, channels, height, width), float32.
 
         Args:
             frames: frame numbers.
-            size: (height, width) of the layer; the stored size by default.
-            area: part of the latent that the layer works on; all of it by default.
-
-        Returns:
-            (frames, height * width, channels), float32 unless ``dtype`` says otherwise.
+            area: part of the latent to cut out; all of it by default.
         """
         runs = frames if len(frames) != frames[-1] - frames[0] + 1 else slice(frames[0], frames[-1] + 1)
-        maps = self._reader.read("descriptors", runs).to(device).float()
+        maps = self._reader.read("descriptors", runs).to(device)
         if area is not None:
             height, width, top, left = area
             maps = maps[:, :, top : top + height, left : left + width]
-        return resize_tokens(maps, size or tuple(maps.shape[2:])).to(dtype or torch.float32)
+        return maps.float()
+
+    def tokens(self, frames: list[int], size=None, area: Area | None = None, device=None) -> Tensor:
+        """Normalised descriptors at a layer's resolution, (frames, height * width, channels), float32.
+
+        Args:
+            size: (height, width) of the layer; the stored size by default.
+        """
+        maps = self.maps(frames, area, device)
+        return resize_tokens(maps, size or tuple(maps.shape[2:]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .correspondence import index_dtype, nearest_tokens
-from .descriptors import Area, Descriptors
+from .descriptors import Area, Descriptors, layer_sizes, resize_tokens
 from .keyframes import Clips, KeyframeDraws
 from .propagation import blend_weight
 from .slimming import select_kv
@@ -33,8 +33,8 @@ class BoundedCache:
 
     def put(self, key: Hashable, value: Tensor) -> None:
         """Keep a tensor that :meth:`get` did not have."""
+        self._bytes += value.nbytes - (self._entries[key].nbytes if key in self._entries else 0)
         self._entries[key] = value
-        self._bytes += value.nbytes
         while self._bytes > self.max_bytes and len(self._entries) > 1:
             self._bytes -= self._entries.popitem(last=False)[1].nbytes
 
@@ -122,21 +122,25 @@ class EditPlan:
         keys = [(frame, keyframe, size, area) for frame, keyframe in zip(frames, keyframes, strict=True)]
         rows = {key: self._matches.get(key) for key in keys}
         for keyframe in dict.fromkeys(keyframes):
-            missing = [key for key, row in rows.items() if key[1] == keyframe and row is None]
+            missing = [frame for (frame, of, _, _), row in rows.items() if of == keyframe and row is None]
             for start in range(0, len(missing), MATCH_FRAMES):
-                rows |= self._match(missing[start : start + MATCH_FRAMES])
+                rows |= self._match(missing[start : start + MATCH_FRAMES], keyframe, size, area)
         return torch.stack([rows[key] for key in keys])
 
-    def _match(self, keys: list[tuple]) -> dict[tuple, Tensor]:
-        """Match some frames with the one keyframe that all of ``keys`` name, and keep the result."""
-        _, keyframe, size, area = keys[0]
-        keyframe_tokens = self.descriptors.tokens([keyframe], size, area, self.device)
-        tokens = self.descriptors.tokens([key[0] for key in keys], size, area, self.device)
-        _, index = nearest_tokens(tokens, keyframe_tokens)
-        rows = dict(zip(keys, index.to("cpu", index_dtype(tokens.shape[1])).unbind(), strict=True))
-        for key, row in rows.items():
-            self._matches.put(key, row.clone())
-        return rows
+    def _match(self, frames: list[int], keyframe: int, size: Size, area: Area | None) -> dict[tuple, Tensor]:
+        """Match frames at every resolution, their descriptors read once, and keep all; returns those of ``size``."""
+        found = {}
+        maps = self.descriptors.maps([keyframe, *frames], area, self.device)
+        for level_size in layer_sizes(*maps.shape[2:]):
+            tokens = resize_tokens(maps, level_size)
+            _, index = nearest_tokens(tokens[1:], tokens[:1])
+            for frame, row in zip(frames, index.to("cpu", index_dtype(tokens.shape[1])), strict=True):
+                key = (frame, keyframe, level_size, area)
+                row = row.clone()  # not a view that keeps the others alive
+                self._matches.put(key, row)
+                if level_size == size:
+                    found[key] = row
+        return found
 
     def kept(self, keyframes: tuple[int, ...], budget: int, size: Size, area: Area | None = None) -> Tensor | None:
         """Flat indices of the keys and values that each keyframe keeps, or None for all.

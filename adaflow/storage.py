@@ -91,8 +91,11 @@ class SafetensorsReader:
         return tuple(self._file.get_slice(name).get_shape())
 
     def read(self, name: str, index: slice | list[int] | int) -> torch.Tensor:
-        """``tensor[index]`` of tensor ``name``, copied out of the map. A list of rows keeps its order."""
+        """``tensor[index]`` of tensor ``name``, perhaps a view of the map, so not to be written to.
+
+        A list of rows keeps its order.
+        """
         stored = self._file.get_slice(name)
         if isinstance(index, list):
             return torch.cat([stored[i : i + 1] for i in index])
-        return stored[index].clone()
+        return stored[index]

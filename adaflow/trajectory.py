@@ -85,7 +85,7 @@ class Trajectory:
 
     def level(self, level: int, frames: list[int] | slice = slice(None)) -> Tensor:
         """VP latents of ``frames`` at one level, float32."""
-        return self._reader.read(f"x_{level:04d}", frames).float()
+        return self._reader.read(f"x_{level:04d}", frames).to(torch.float32, copy=True)
 
     def at(self, sigma: float, frames: list[int] | slice = slice(None)) -> Tensor:
         """VE latents of ``frames`` at any noise level, float32.

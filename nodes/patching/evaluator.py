@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
+from . import lockstep
 from .families import UNetFamily
-from .lockstep import Exchange, run_in_lockstep
 from .passes import (
     EditJointPass,
     EditPropagationPass,
@@ -211,11 +211,12 @@ class _Evaluation:
         """The keyframes in chunks of nearly equal size.
 
         Chunks in lockstep must be batched alike. ComfyUI batches the prompts of one branch as memory allows, so where a
-        branch has several (regional prompts) all keyframes go in one chunk.
+        branch has several (regional prompts) all keyframes go in one chunk, as they do without greenlet.
         """
         keyframes = self.state.keyframes
         regional = any(branch is not None and len(branch) > 1 for branch in self.conds)
-        count = 1 if regional else -(-len(keyframes) // self._chunk())
+        one_batch = regional or not lockstep.available()
+        count = 1 if one_batch else -(-len(keyframes) // self._chunk())
         bounds = [len(keyframes) * index // count for index in range(count + 1)]
         return [keyframes[start:stop] for start, stop in pairwise(bounds)]
 
@@ -230,12 +231,12 @@ class _Evaluation:
                 [branch if branch is only else None for branch in self.conds] for only in self.conds if only is not None
             ]
         for conds in together:
-            exchange, workers, row = Exchange(len(chunks)), [], 0
+            exchange, workers, row = lockstep.Exchange(len(chunks)), [], 0
             for number, frames in enumerate(chunks):
                 step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)))
                 workers.append(partial(self._evaluate, conds, frames, step_pass))
                 row += len(frames)
-            for frames, predictions in zip(chunks, run_in_lockstep(workers), strict=True):
+            for frames, predictions in zip(chunks, lockstep.run_in_lockstep(workers), strict=True):
                 self._store(out, frames, predictions, conds)
 
     def _propagate(self, frames: list[int]) -> list[Tensor]:

@@ -9,10 +9,19 @@ from collections.abc import Callable, Hashable
 from typing import TypeVar
 
 import torch
-from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+try:
+    from greenlet import getcurrent, greenlet
+except ImportError:  # a ComfyUI without it: all keyframes go in one batch
+    greenlet = None
+
 T = TypeVar("T")
+
+
+def available() -> bool:
+    """Whether several workers can run; one always can."""
+    return greenlet is not None
 
 
 def run_in_lockstep(workers: list[Callable[[], T]]) -> list[T]:
@@ -20,6 +29,8 @@ def run_in_lockstep(workers: list[Callable[[], T]]) -> list[T]:
 
     An exception of one ends the others where they paused, with their ``finally`` blocks run, and is raised here.
     """
+    if len(workers) == 1:
+        return [workers[0]()]
     threads = [greenlet(worker) for worker in workers]
     results: list[T] = [None] * len(workers)
     try:
