@@ -16,6 +16,12 @@ class InputError(ValueError):
         super().__init__(f"{where}: input '{what}' is {got}; expected {expected}")
 
 
+def require_one_of(value: object, options, where: str, what: str) -> None:
+    """Raise :class:`InputError` unless ``value`` is among ``options``, which ComfyUI does not check over HTTP."""
+    options = list(options)
+    require(value in options, where, what, repr(value)[:80], "one of " + ", ".join(map(str, options)))
+
+
 def require(condition: bool, where: str, what: str, got: object, expected: str) -> None:
     """Raise :class:`InputError` with these four facts unless ``condition`` holds."""
     if not condition:

@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..adaflow.descriptors import DescriptorWriter
-from ..adaflow.errors import require
+from ..adaflow.errors import require, require_one_of
 from ..adaflow.trajectory import TrajectoryWriter, clip_fingerprint, trajectory_bytes
 from .common import clip_latent, middle_column, remove_when_unused, run_file
 from .patching.families import model_signature, unet_family
@@ -78,6 +78,7 @@ class AdaFlowDDIMInvert(io.ComfyNode):
         channels = model.model.latent_format.latent_channels
         require(samples.shape[1] == channels, where, "latent", f"of {samples.shape[1]} channels", f"{channels}")
         require(len(source) > 0, where, "source", "empty", "an encoded prompt")
+        require_one_of(precision, PRECISIONS, where, "precision")
         dtype = PRECISIONS[precision]
         sigmas, signature = inversion_sigmas(model, steps), model_signature(model, where)
         clip = clip_fingerprint(samples)

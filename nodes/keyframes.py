@@ -6,7 +6,7 @@ import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io, ui
 
-from ..adaflow.errors import InputError
+from ..adaflow.errors import InputError, require_one_of
 from ..adaflow.keyframes import CutThresholds, KeyframeDraws, cut_clips
 from ..adaflow.picture import yt_picture
 from ..adaflow.plan import EditPlan
@@ -104,6 +104,7 @@ class AdaFlowKeyframeSelect(io.ComfyNode):
         for name, value in (("mean_threshold", mean_threshold), ("window_threshold", window_threshold)):
             if not -1.0 <= value <= 1.0:
                 raise InputError(where, name, value, "a cosine from -1 to 1")
+        require_one_of(draw_mode, MODES, where, "draw_mode")
         if max_clip < 1:
             raise InputError(where, "max_clip", max_clip, "at least 1 frame")
         device = comfy.model_management.get_torch_device()

@@ -15,7 +15,7 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 from PIL import Image
 
-from ..adaflow.errors import InputError, require
+from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.video import VideoClip
 from ..adaflow.video_writer import CODECS, VideoWriter
 from .encode_video import auto_chunk, require_finite, require_image_vae
@@ -23,6 +23,7 @@ from .lazy_video import clip_of
 from .types import CATEGORY
 
 NODE = "AdaFlow Save Video"
+MAX_FPS = 1000.0
 PREVIEW_SIDE = 512
 DEFAULT_QUALITY = 18
 
@@ -110,7 +111,7 @@ class AdaFlowSaveVideo(io.ComfyNode):
                     "fps",
                     default=0.0,
                     min=0.0,
-                    max=1000.0,
+                    max=MAX_FPS,
                     step=0.01,
                     tooltip="Frames per second. Range 0 to 1000, default 0: the source's. Turning it up plays faster; "
                     "sound is not stretched.",
@@ -160,6 +161,8 @@ class AdaFlowSaveVideo(io.ComfyNode):
 
     @classmethod
     def execute(cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0) -> io.NodeOutput:
+        require_one_of(codec, CODECS, NODE, "codec")
+        require(0.0 <= fps <= MAX_FPS, NODE, "fps", fps, f"0 (the source's) to {MAX_FPS:g} frames per second")
         clip = clip_of(source, NODE, "source") if source is not None else None
         count, images = _images_of(frames, vae, chunk)
         rate = _frame_rate(fps, frames, clip)

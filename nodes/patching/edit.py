@@ -9,11 +9,11 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...adaflow.errors import require
+from ...adaflow.errors import require, require_one_of
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from .evaluator import EditSettings
-from .patch import check_edit, patch_edit, refuse_stochastic
+from .patch import check_edit, deterministic_samplers, patch_edit, refuse_stochastic
 from .preview import sampling_callback
 from .windows import slice_conditioning, take
 
@@ -45,6 +45,9 @@ class Edit:
         """Raise InputError for what can be told before sampling."""
         check_edit(self.model, self.plan, self.trajectory, where)
         refuse_stochastic(self.sampler_name, where)
+        require_one_of(self.sampler_name, deterministic_samplers(), where, "sampler_name")
+        require_one_of(self.scheduler, comfy.samplers.SCHEDULER_NAMES, where, "scheduler")
+        require(0.0 <= self.cfg <= 100.0, where, "cfg", self.cfg, "a guidance scale from 0 to 100")
         limit = self.trajectory.steps
         require(
             1 <= self.steps <= limit,

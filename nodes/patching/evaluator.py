@@ -38,15 +38,15 @@ class EditSettings:
     """What a user chooses of an edit.
 
     Attributes:
-        conv_share, attention_share: share of the steps, from the first, in which the feature of the injected ResBlock,
-            and the queries and keys, of the source replace the edit's (arXiv 2211.12572).
-        interpolate: blend each frame's outputs with those of the neighbouring clip's keyframe (arXiv 2307.10373, 4.2).
+        feature_share, attention_share: share of the steps, from the first, in which the source's feature of the injected
+            ResBlock, and its queries and keys, replace the edit's (arXiv 2211.12572).
+        interpolate: blend each frame with the neighbouring clip's keyframe (arXiv 2307.10373, section 4.2).
         budget: keyframes' worth of keys and values that a keyframe attends to.
         chunk: frames evaluated at once; 0 chooses from the free memory.
         start_from_trajectory: replace the sampler's start by the trajectory's latent of the first sigma.
     """
 
-    conv_share: float = 0.8
+    feature_share: float = 0.8
     attention_share: float = 0.8
     interpolate: bool = False
     budget: int = 20
@@ -161,7 +161,7 @@ class _Evaluation:
         self.x, self.timestep, self.model_options, self.sigma = x, timestep, model_options, sigma
         settings = edit.settings
         self.injection = Injection(
-            conv=step < settings.conv_share * edit.steps - 1e-6,
+            conv=step < settings.feature_share * edit.steps - 1e-6,
             attention=step < settings.attention_share * edit.steps - 1e-6,
         )
         areas = {cond["uuid"]: _area(cond, x) for branch in conds if branch is not None for cond in branch}

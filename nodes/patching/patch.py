@@ -226,7 +226,7 @@ def patch_edit(
         InputError: see :func:`check_edit`; or a share or chunk out of range.
     """
     family = check_edit(model_patcher, plan, trajectory, where)
-    for name in ("conv_share", "attention_share"):
+    for name in ("feature_share", "attention_share"):
         share = getattr(settings, name)
         require(0.0 <= share <= 1.0, where, name, share, "a share of the steps from 0 to 1")
     require(settings.chunk >= 0, where, "chunk", settings.chunk, "0 (automatic) or a number of frames")
