@@ -38,7 +38,7 @@ class EditSettings:
     """What a user chooses of an edit.
 
     Attributes:
-        feature_share, attention_share: share of the steps, from the first, in which the source's feature of the injected
+        feature_share, attention_share: share of the first steps in which the source's feature of the injected
             ResBlock, and its queries and keys, replace the edit's (arXiv 2211.12572).
         interpolate: blend each frame with the neighbouring clip's keyframe (arXiv 2307.10373, section 4.2).
         budget: keyframes' worth of keys and values that a keyframe attends to.
