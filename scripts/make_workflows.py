@@ -53,8 +53,8 @@ class Node:
                 out.append(self.widgets.get(spec.name, default_value(spec)))
                 if spec.may_be_controlled:
                     out.append("fixed")
-                if spec.uploads:
-                    out.append("image")
+        if any(spec.uploads for spec in self.specs):  # the front end puts the upload button last
+            out.append("image")
         return out
 
     def as_json(self, pos: tuple[int, int], order: int, width: int) -> dict:

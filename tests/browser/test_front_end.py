@@ -1,0 +1,96 @@
+"""The pack in ComfyUI's real front end: templates, graph, help page, and an edit run from the page."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT / "scripts") not in sys.path:
+    sys.path.append(str(ROOT / "scripts"))
+
+import front_end  # noqa: E402
+from comfy_client import ServerProcess  # noqa: E402
+from demo_clip import render  # noqa: E402
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not front_end.CHROMIUM, reason="no Chromium; set CHROMIUM or install it"),
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI"),
+]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with ServerProcess(Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("browser"), cpu=True) as running:
+        render(running.base / "input" / "clip.mp4", frames=12, width=128, height=128, fps=12)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    with front_end.front_end(server.url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def shot(page, request, tmp_path):
+    """Keeps a screenshot of the page as the test left it, under ``$ADAFLOW_SCREENSHOTS`` if that is set."""
+    yield
+    folder = Path(os.environ.get("ADAFLOW_SCREENSHOTS", tmp_path))
+    page.screenshot(path=str(folder / f"{request.node.name}.png"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_opens_with_all_its_nodes(page, shot, path):
+    front_end.load_workflow(page, path)
+    front_end.fit_view(page)
+    kinds = front_end.node_types(page)
+    assert any(kind.startswith("AdaFlow") for kind in kinds)
+    registered = page.evaluate("() => Object.keys(LiteGraph.registered_node_types)")
+    assert set(kinds) <= set(registered) | {"MarkdownNote"}
+    assert "missing node" not in page.inner_text("body").lower()
+    overlapping = page.evaluate(
+        """() => {
+        const boxes = window.app.graph._nodes.map(n => [n.pos[0], n.pos[1] - 30, n.size[0], n.size[1] + 30, n.type])
+        const found = []
+        for (const a of boxes) for (const b of boxes)
+            if (a !== b && a[0] < b[0] + b[2] && b[0] < a[0] + a[2] && a[1] < b[1] + b[3] && b[1] < a[1] + a[3])
+                found.push(a[4] + ' / ' + b[4])
+        return found
+        }"""
+    )
+    assert not overlapping
+
+
+def test_the_template_browser_lists_the_workflows(page, server):
+    listed = page.evaluate("async () => (await window.app.api.fetchApi('/workflow_templates')).json()")
+    ours = next(names for names in listed.values() if "adaflow-basic-edit" in names)
+    assert {path.stem for path in WORKFLOWS} <= set(ours)
+    pack = next(name for name, names in listed.items() if "adaflow-basic-edit" in names)
+    for path in WORKFLOWS:
+        for suffix in (".json", ".jpg"):
+            status = page.evaluate(
+                "async (route) => (await window.app.api.fetchApi(route)).status",
+                f"/workflow_templates/{pack}/{path.stem}{suffix}",
+            )
+            assert status == 200, path.stem + suffix
+
+
+def test_an_edit_runs_from_the_page(page, shot, server):
+    """The basic workflow, its checkpoint loader swapped for the demo model, on a small clip, started with Run."""
+    front_end.load_workflow(page, ROOT / "workflows" / "adaflow-basic-edit.json")
+    front_end.swap_node(page, "CheckpointLoaderSimple", "AdaFlowLoadDemoModel")
+    assert front_end.set_widget(page, "AdaFlowLoadVideo", "file", "clip.mp4") == 1
+    assert front_end.set_widget(page, "AdaFlowLoadVideo", "size", 128) == 1
+    for kind in ("AdaFlowDDIMInvert", "AdaFlowJointKeyframeEdit"):
+        assert front_end.set_widget(page, kind, "steps", 3) == 1
+    assert front_end.queue_and_wait(page, 900) == "success"
+    page.wait_for_timeout(3_000)
+    front_end.fit_view(page)
+    assert list((server.base / "output" / "video").glob("AdaFlow*.mp4"))
+    shown = page.evaluate("() => Object.keys(window.app.nodeOutputs).length")
+    assert shown >= 3  # the y-t picture, the keyframes, the video
