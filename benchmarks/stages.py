@@ -96,7 +96,7 @@ def main() -> None:
     results = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": "unknown" if commit.returncode else commit.stdout.strip(),
         "frames": options.frames,
         "clips": options.clips,
         "budget": options.budget,
