@@ -145,7 +145,7 @@ class EditJointPass(UNetPass):
         for row, branch in enumerate(call.branches):
             if state.injects_attention(layer):
                 source = state.source(branch)
-                queries, keys = source.queries[layer][self.chunk], torch.cat(source.keys[layer])
+                queries, keys = source.queries[layer][self.chunk], _joined(source.keys[layer])
             else:
                 queries, keys = q[row], self.exchange.swap((branch, layer, "k"), self.chunk, k[row])
             values = self.exchange.swap((branch, layer, "v"), self.chunk, v[row])

@@ -158,3 +158,10 @@ def test_a_source_off_the_grid_lies_between_its_neighbours(sd1):
     middle = sd1.trajectory.at((low + high) / 2)
     expected = (sd1.trajectory.at(low) + sd1.trajectory.at(high)) / 2
     assert error(middle, expected) < TOLERANCE
+
+
+def test_a_clip_of_one_frame_is_its_own_keyframe():
+    graph = Graph("sd1", frames=1, steps=2)
+    out = graph.edit()
+    assert out.shape == (1, 4, 8, 12)
+    assert torch.equal(out, graph.joint()[0])
