@@ -126,15 +126,19 @@ class EditEvaluator:
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
-    def halve_chunk(self, tried: int) -> None:
-        """After an out-of-memory error with ``tried`` frames: go on with half of them, or give up with one.
+    def halve_chunk(self, tried: int, divisible: bool = True) -> None:
+        """After an out-of-memory error with ``tried`` frames: go on with half of them, or give up.
 
-        To be called while that error is handled, which is raised again with advice when there is nothing to halve.
+        To be called while that error is handled. ``divisible`` is False where these frames must stay in one batch.
+
+        Raises:
+            RuntimeError: there is nothing to halve; says what to change.
         """
-        if tried == 1:
+        if tried == 1 or not divisible:
             raise RuntimeError(
-                f"AdaFlow: out of memory with one frame at a time beside {len(self.plan.clips)} keyframes: use a "
-                "smaller size, or fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select)"
+                f"AdaFlow: out of memory with {tried} frames at a time, which cannot be fewer, beside "
+                f"{len(self.plan.clips)} keyframes: use a smaller size, or fewer keyframes (lower thresholds or a "
+                "higher max_clip in AdaFlow Keyframe Select)"
             )
         self._chunk = max(1, tried // 2)
         logger.warning("AdaFlow: out of memory with %d frames at a time; going on with %d", tried, self._chunk)
@@ -189,7 +193,7 @@ class _Evaluation:
                 break
             except comfy.model_management.OOM_EXCEPTION:
                 self.state.forget()
-                edit.halve_chunk(len(chunks[0]))
+                edit.halve_chunk(len(chunks[0]), divisible=self._may_split())
         self.state.sources.clear()
         left = [frame for frame in edit.frames if frame not in set(keyframes)]
         while left:
@@ -207,16 +211,18 @@ class _Evaluation:
         branches = sum(len(branch) for branch in self.conds if branch is not None)
         return self.edit.chunk(self.model, self.x, branches)
 
-    def _joint_chunks(self) -> list[tuple[int, ...]]:
-        """The keyframes in chunks of nearly equal size.
+    def _may_split(self) -> bool:
+        """Whether the keyframes may go in several chunks.
 
         Chunks in lockstep must be batched alike. ComfyUI batches the prompts of one branch as memory allows, so where a
-        branch has several (regional prompts) all keyframes go in one chunk, as they do without greenlet.
+        branch has several (regional prompts) all keyframes stay in one chunk, as they do without greenlet.
         """
+        return lockstep.available() and all(branch is None or len(branch) == 1 for branch in self.conds)
+
+    def _joint_chunks(self) -> list[tuple[int, ...]]:
+        """The keyframes in chunks of nearly equal size."""
         keyframes = self.state.keyframes
-        regional = any(branch is not None and len(branch) > 1 for branch in self.conds)
-        one_batch = regional or not lockstep.available()
-        count = 1 if one_batch else -(-len(keyframes) // self._chunk())
+        count = -(-len(keyframes) // self._chunk()) if self._may_split() else 1
         bounds = [len(keyframes) * index // count for index in range(count + 1)]
         return [keyframes[start:stop] for start, stop in pairwise(bounds)]
 

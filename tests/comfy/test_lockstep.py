@@ -3,6 +3,7 @@
 import oracles
 import pytest
 import torch
+from adaflow_pack.nodes.patching import lockstep
 from adaflow_pack.nodes.patching.lockstep import Exchange, run_in_lockstep
 from comfy.patcher_extension import WrappersMP
 from graph import Graph, each_frame, plain_euler
@@ -48,6 +49,30 @@ def test_out_of_memory_in_the_joint_pass_halves_the_chunk():
     model = graph.model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
     assert oracles.relative_error(graph.edit(plan, model=model), graph.edit(plan)) < 1e-5
+
+
+def test_out_of_memory_with_regional_prompts_gives_up_with_advice():
+    """Their keyframes cannot be split, so trying again would never end."""
+    graph = Graph("sd1", frames=4, steps=2)
+
+    def wrapper(executor, x, *args, **kwargs):
+        if args[4].get("adaflow") is not None:
+            raise torch.OutOfMemoryError("injected")
+        return executor(x, *args, **kwargs)
+
+    model = graph.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    positive = [graph.positive[0], [graph.source[0][0], {"area": (4, 6, 2, 4), "strength": 0.5}]]
+    with pytest.raises(RuntimeError, match=r"out of memory with 4 frames.*fewer keyframes"):
+        graph.edit(each_frame(graph.descriptors), model=model, positive=positive)
+
+
+def test_without_greenlet_all_keyframes_go_in_one_batch(monkeypatch):
+    graph = Graph("sd1", frames=4, steps=2)
+    plan = each_frame(graph.descriptors)
+    whole = graph.edit(plan, chunk=4)
+    monkeypatch.setattr(lockstep, "greenlet", None)
+    assert torch.equal(graph.edit(plan, chunk=2), whole)
 
 
 def test_regional_prompts_keep_the_keyframes_in_one_batch():
