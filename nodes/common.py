@@ -8,11 +8,25 @@ from pathlib import Path
 
 import folder_paths
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..adaflow.errors import InputError, require
 
 logger = logging.getLogger(__name__)
+
+
+def chunk_input(optional: bool = False) -> io.Int.Input:
+    """How many frames go through the model at once."""
+    return io.Int.Input(
+        "chunk",
+        default=0,
+        min=0,
+        max=4096,
+        optional=optional,
+        tooltip="Frames in one forward of the model, 0 to 4096, default 0: chosen from the free memory. Lower it when "
+        "memory runs out; the result does not change.",
+    )
 
 
 def clip_latent(latent: dict, where: str, input_name: str = "latent") -> Tensor:

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..adaflow.descriptors import DescriptorWriter
 from ..adaflow.errors import require
 from ..adaflow.trajectory import clip_fingerprint, trajectory_bytes
-from .common import clip_latent, middle_column, remove_when_unused, run_file
+from .common import chunk_input, clip_latent, middle_column, remove_when_unused, run_file
 from .patching.families import model_signature
 from .patching.inversion import descriptor_channels, extract_descriptors, zero_conditioning
 from .patching.preview import latent_rgb
@@ -57,14 +57,7 @@ class AdaFlowExtractDescriptors(io.ComfyNode):
                     optional=True,
                     tooltip="The empty prompt, encoded, as published. Without it a conditioning of zeros is used.",
                 ),
-                io.Int.Input(
-                    "chunk",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Frames in one forward of the model, 0 to 4096, default 0: chosen from the free memory.",
-                    optional=True,
-                ),
+                chunk_input(optional=True),
             ],
             outputs=[Descriptors.Output(display_name="descriptors", tooltip="For AdaFlow Keyframe Select.")],
         )

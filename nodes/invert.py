@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..adaflow.descriptors import DescriptorWriter
 from ..adaflow.errors import require, require_one_of
 from ..adaflow.trajectory import TrajectoryWriter, clip_fingerprint, trajectory_bytes
-from .common import clip_latent, middle_column, remove_when_unused, run_file
+from .common import chunk_input, clip_latent, middle_column, remove_when_unused, run_file
 from .patching.families import model_signature, unet_family
 from .patching.inversion import descriptor_channels, inversion_sigmas, invert
 from .patching.preview import latent_rgb, sampling_callback
@@ -50,15 +50,7 @@ class AdaFlowDDIMInvert(io.ComfyNode):
                     "the last digits.",
                     optional=True,
                 ),
-                io.Int.Input(
-                    "chunk",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Frames in one forward of the model, 0 to 4096, default 0: chosen from the free memory. "
-                    "Lower it when memory runs out; the result does not change.",
-                    optional=True,
-                ),
+                chunk_input(optional=True),
             ],
             outputs=[
                 Trajectory.Output(display_name="trajectory", tooltip="The clip's latents at every noise level."),

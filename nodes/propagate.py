@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from .common import chunk_input
 from .types import CATEGORY, Edit
 
 
@@ -16,14 +17,7 @@ def propagation_inputs() -> list[io.Input]:
             tooltip="Default off. On blends each frame between its own keyframe and the neighbouring clip's: hides the "
             "seams between clips, and smears where a cut is real.",
         ),
-        io.Int.Input(
-            "chunk",
-            default=0,
-            min=0,
-            max=4096,
-            tooltip="Frames in one forward of the model, 0 to 4096, default 0: chosen from the free memory. Lower it "
-            "when memory runs out; the result does not change.",
-        ),
+        chunk_input(),
     ]
 
 
