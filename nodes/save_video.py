@@ -9,11 +9,9 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import numpy as np
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
-from PIL import Image
 
 from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.video import VideoClip
@@ -24,7 +22,6 @@ from .types import CATEGORY
 
 NODE = "AdaFlow Save Video"
 MAX_FPS = 1000.0
-PREVIEW_SIDE = 512
 DEFAULT_QUALITY = 18
 
 
@@ -83,11 +80,6 @@ def _frame_rate(fps: float, frames, clip: VideoClip | None) -> Fraction | float:
     expected = "frames per second above 0, or source wired (or a LATENT of AdaFlow Encode Video), which tells it"
     require(known > 0, NODE, "fps", fps, expected)
     return known
-
-
-def _preview(image: torch.Tensor) -> tuple[str, Image.Image, int]:
-    array = (image.clamp(0, 1) * 255).to(torch.uint8).numpy()
-    return "JPEG", Image.fromarray(np.ascontiguousarray(array)), PREVIEW_SIDE
 
 
 class AdaFlowSaveVideo(io.ComfyNode):
@@ -186,7 +178,7 @@ class AdaFlowSaveVideo(io.ComfyNode):
             for piece in itertools.chain([first], images):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 writer.write(piece.numpy())
-                progress.update_absolute(writer.frames_written, count, _preview(piece[0]))
+                progress.update_absolute(writer.frames_written, count)  # with a picture the video would not show
         saved = ui.SavedResult(target.name, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui=ui.PreviewVideo([saved]))
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from workflow_api import default_value, input_specs
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = "a car on a road in summer, green trees, photo"
-EDIT = "a car on a road in deep snow, winter, white trees, photo"
+SOURCE = "a wooden boat on a lake in summer, green trees, photo"
+EDIT = "a wooden boat on a frozen lake in winter, snow on the trees, photo"
 NEGATIVE = "ugly, blurry, low res, unrealistic, unaesthetic"
 CHECKPOINT, CONTROLNET = "v1-5-pruned-emaonly-fp16.safetensors", "control_v11p_sd15_canny_fp16.safetensors"
 WIDGET_HEIGHT, SLOT_HEIGHT, GAP = 26, 21, 60
@@ -42,7 +42,7 @@ class Node:
         widgets = sum(1 + spec.may_be_controlled for spec in self.specs if spec.is_widget)
         slots = max(sum(not spec.is_widget for spec in self.specs), len(self.info["output"]))
         extra = sum(70 for spec in self.specs if spec.options.get("multiline"))
-        shows = {"PreviewImage": 250, "AdaFlowSaveVideo": 260, "AdaFlowLoadVideo": 240}.get(self.kind, 0)
+        shows = {"PreviewImage": 250, "AdaFlowSaveVideo": 260, "AdaFlowLoadVideo": 300}.get(self.kind, 0)
         shows += 300 if self.kind in ("AdaFlowJointKeyframeEdit", "AdaFlowKeyframeSelect") else 0
         return 40 + widgets * WIDGET_HEIGHT + slots * SLOT_HEIGHT + extra + shows
 
@@ -179,7 +179,7 @@ class Parts:
     def __init__(self, object_info: dict):
         self.flow = Workflow(object_info)
 
-    def start(self, note: str, size: int = 672, frames: int = 0) -> None:
+    def start(self, note: str, size: int = 512, frames: int = 0) -> None:
         flow = self.flow
         flow.column("1. Model and clip", 340)
         flow.note(note)

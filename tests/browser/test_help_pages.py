@@ -3,42 +3,25 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
+import front_end
 import pytest
+from workflow_api import input_specs
 
 ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT / "scripts") not in sys.path:
-    sys.path.append(str(ROOT / "scripts"))
-
-import front_end  # noqa: E402
-from comfy_client import ServerProcess  # noqa: E402
-from workflow_api import input_specs  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not front_end.CHROMIUM, reason="no Chromium; set CHROMIUM or install it"),
-    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI"),
-]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
 NODES = re.findall(r"^    (AdaFlow\w+),$", (ROOT / "nodes" / "__init__.py").read_text(), re.M)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with ServerProcess(Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("help"), cpu=True) as running:
-        yield running
+def object_info(browser_server):
+    return browser_server.object_info()
 
 
 @pytest.fixture(scope="module")
-def object_info(server):
-    return server.object_info()
-
-
-@pytest.fixture(scope="module")
-def page(server):
-    with front_end.front_end(server.url) as opened:
+def page(browser_server):
+    with front_end.front_end(browser_server.url) as opened:
         opened.evaluate("() => window.app.graph.clear()")
         yield opened
 
