@@ -130,11 +130,11 @@ class EditPlan:
     def _match(self, frames: list[int], keyframe: int, size: Size, area: Area | None) -> dict[tuple, Tensor]:
         """Match frames at every resolution, their descriptors read once, and keep all; returns those of ``size``."""
         found = {}
-        maps = self.descriptors.maps([keyframe, *frames], area, self.device)
+        keyframe_map = self.descriptors.maps([keyframe], area, self.device)
+        maps = self.descriptors.maps(frames, area, self.device)
         for level_size in layer_sizes(*maps.shape[2:]):
-            tokens = resize_tokens(maps, level_size)
-            _, index = nearest_tokens(tokens[1:], tokens[:1])
-            for frame, row in zip(frames, index.to("cpu", index_dtype(tokens.shape[1])), strict=True):
+            _, index = nearest_tokens(resize_tokens(maps, level_size), resize_tokens(keyframe_map, level_size))
+            for frame, row in zip(frames, index.to("cpu", index_dtype(index.shape[1])), strict=True):
                 key = (frame, keyframe, level_size, area)
                 row = row.clone()  # not a view that keeps the others alive
                 self._matches.put(key, row)
