@@ -29,6 +29,8 @@ if os.environ.get("COMFYUI_PATH"):
         sys.argv = _argv
 
 
+torch.set_num_threads(1)  # the models are so small that sharing an operation among threads costs more than it gains
+
 collect_ignore_glob = [] if os.environ.get("COMFYUI_PATH") else ["test_*.py"]  # they import comfy at their top
 
 
