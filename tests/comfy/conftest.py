@@ -1,6 +1,5 @@
 """An in-process ComfyUI on the CPU: the one at ``COMFYUI_PATH``, imported as its own ``main.py`` would."""
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -38,19 +37,6 @@ def pytest_report_header():
     if collect_ignore_glob:
         return "tests/comfy left out: COMFYUI_PATH names no ComfyUI; scripts/test sets one up"
     return None
-
-
-@pytest.fixture(scope="session")
-def comfy():
-    """The ``comfy`` package."""
-    return importlib.import_module("comfy")
-
-
-@pytest.fixture(scope="session")
-def pack():
-    """The pack as ComfyUI mounts it, with its nodes imported: ``pack.nodes.slim`` and so on."""
-    importlib.import_module("adaflow_pack.nodes")
-    return sys.modules["adaflow_pack"]
 
 
 @pytest.fixture(scope="session", autouse=True)
