@@ -58,10 +58,6 @@ class SafetensorsWriter:
         view = self._views[name]
         view[index] = values.detach().to("cpu", torch.from_numpy(np.empty(0, view.dtype)).dtype).numpy()
 
-    def read(self, name: str, index: int | slice) -> torch.Tensor:
-        """Read back what has been written at ``index``."""
-        return torch.from_numpy(np.array(self._views[name][index]))
-
     def close(self) -> Path:
         """Flush, give the file its final name and return that."""
         for view in self._views.values():
@@ -83,9 +79,6 @@ class SafetensorsReader:
         self.path = Path(path)
         self._file = safe_open(str(self.path), framework="pt")
         self.metadata: dict[str, str] = self._file.metadata() or {}
-
-    def names(self) -> list[str]:
-        return list(self._file.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())

@@ -1,6 +1,5 @@
 """A whole edit as ComfyUI samples it: the keyframes alone, for a look, or every frame."""
 
-import logging
 from dataclasses import dataclass
 
 import comfy.sample
@@ -16,8 +15,6 @@ from .evaluator import EditSettings
 from .patch import check_edit, deterministic_samplers, patch_edit, refuse_stochastic
 from .preview import sampling_callback
 from .windows import slice_conditioning, take
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,16 +67,17 @@ class Edit:
         rows = list(range(total)) if frames is None else list(frames)
         positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))
         patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows))
+        # ComfyUI's ddim is euler, but for a noise mask, where it would put random noise in place of the trajectory
+        sampler = comfy.samplers.sampler_object("euler" if self.sampler_name == "ddim" else self.sampler_name)
         sigmas = comfy.samplers.KSampler(
             patched, self.steps, patched.load_device, self.sampler_name, self.scheduler, 1.0, patched.model_options
         ).sigmas
-        # ComfyUI's ddim is euler, but for a noise mask, where it would put random noise in place of the trajectory
         clean = patched.model.latent_format.process_out(self.trajectory.at(0.0, rows))
         return comfy.sample.sample_custom(
             patched,
             torch.zeros_like(clean),
             self.cfg,
-            comfy.samplers.sampler_object("euler" if self.sampler_name == "ddim" else self.sampler_name),
+            sampler,
             sigmas,
             positive,
             negative,

@@ -22,6 +22,7 @@ from .passes import (
     EditJointPass,
     EditPropagationPass,
     Injection,
+    MatchTables,
     SourceJointPass,
     SourcePropagationPass,
     StepState,
@@ -78,7 +79,7 @@ class EditEvaluator:
     Args:
         unet: ComfyUI's UNetModel.
         frames: frame numbers of the rows of the sampled latent: every frame, or the keyframes alone.
-        source_conds: processed conditioning of the source prompt.
+        source_cond: processed conditioning of the source prompt.
         sample_sigmas: descending, of the sampler.
     """
 
@@ -90,11 +91,11 @@ class EditEvaluator:
         trajectory: Trajectory,
         settings: EditSettings,
         frames: tuple[int, ...],
-        source_conds: list[dict],
+        source_cond: dict,
         sample_sigmas: Tensor,
     ):
         self.unet, self.family, self.plan, self.trajectory, self.settings = unet, family, plan, trajectory, settings
-        self.frames, self.source_conds, self.sample_sigmas = frames, source_conds, sample_sigmas
+        self.frames, self.source_cond, self.sample_sigmas = frames, source_cond, sample_sigmas
         self._rows = {frame: row for row, frame in enumerate(frames)}
         self._chunk = settings.chunk
         self._timed = False
@@ -173,9 +174,8 @@ class _Evaluation:
         if not set(keyframes) <= set(edit.frames):  # a preview of the keyframes alone keeps those of the first step
             keyframes = edit.frames
         self.sources = [
-            [{**cond, "uuid": (cond["uuid"], area), **({} if area is None else {"area": area})}]
+            [{**edit.source_cond, "uuid": (edit.source_cond["uuid"], area), **({} if area is None else {"area": area})}]
             for area in dict.fromkeys(areas.values())
-            for cond in edit.source_conds[:1]
         ]
         source_areas = {branch[0]["uuid"]: branch[0].get("area") for branch in self.sources}
         self.state = StepState(
@@ -247,9 +247,10 @@ class _Evaluation:
 
     def _propagate(self, frames: list[int]) -> list[Tensor]:
         where = self.edit.plan.propagation(frames, self.state.keyframes, self.edit.settings.interpolate)
+        tables: MatchTables = {}
         if self.injection.conv:
-            self._evaluate(self.sources, frames, SourcePropagationPass(self.state, where), source=True)
-        return self._evaluate(self.conds, frames, EditPropagationPass(self.state, where))
+            self._evaluate(self.sources, frames, SourcePropagationPass(self.state, where, tables), source=True)
+        return self._evaluate(self.conds, frames, EditPropagationPass(self.state, where, tables))
 
     def _evaluate(self, conds, frames, step_pass, source: bool = False) -> list[Tensor]:
         """``calc_cond_batch`` of some frames under a pass; the source branch reads the trajectory instead of x."""

@@ -17,6 +17,9 @@ from .families import UNetFamily
 from .lockstep import Exchange
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
 
+# (keyframes, size, area) -> slot of each frame's keyframe and matches of its tokens, on the model's device
+MatchTables = dict[tuple, tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Injection:
@@ -158,12 +161,15 @@ class EditJointPass(UNetPass):
 
 
 class PropagationPass(UNetPass):
-    """A chunk of frames: attention outputs are gathered from the keyframes', nothing of attention is computed."""
+    """A chunk of frames: attention outputs are gathered from the keyframes', nothing of attention is computed.
 
-    def __init__(self, state: StepState, where: Propagation):
-        self.state, self.where = state, where
+    Args:
+        tables: filled at need, and shared by the source's and the edit's pass over the same frames.
+    """
+
+    def __init__(self, state: StepState, where: Propagation, tables: MatchTables):
+        self.state, self.where, self._tables = state, where, tables
         self._slots = {frame: slot for slot, frame in enumerate(state.keyframes)}
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def self_attention(self, call, layer, attn, x, context, value):
         size = call.layer_size(x.shape[1])

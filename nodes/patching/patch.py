@@ -83,7 +83,7 @@ class EditPatch:
         self._check(sigmas, noise, executor.class_obj)
         if self.settings.start_from_trajectory:
             noise, latent_image = self._start(model, executor.class_obj, guider, sigmas, noise)
-        source = self._source_conds(model, noise, latent_image, extra_args)
+        source = self._source_cond(model, noise, latent_image, extra_args)
         self.plan.device = noise.device
         run = EditEvaluator(
             model.diffusion_model,
@@ -154,14 +154,14 @@ class EditPatch:
         )  # fmt: skip
         return (start - clean) / unit, clean
 
-    def _source_conds(self, model, noise, latent_image, extra_args) -> list[dict]:
+    def _source_cond(self, model, noise, latent_image, extra_args) -> dict:
         source = comfy.sampler_helpers.convert_cond(self.trajectory.source[:1])
         for cond in source:  # the source branch is the plain inverted video
             for key in ("control", "hooks", "area", "mask", "strength", "gligen"):
                 cond.pop(key, None)
         return comfy.samplers.process_conds(
             model, noise, {"source": source}, noise.device, latent_image, None, extra_args.get("seed")
-        )["source"]
+        )["source"][0]
 
 
 def _shape(shape) -> str:
