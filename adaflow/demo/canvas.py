@@ -37,6 +37,11 @@ class Canvas:
         """Where a layer's origin is in the picture, x and y, each (n, 1, 1)."""
         return self._shifts[:, layer, 0, None, None], self._shifts[:, layer, 1, None, None]
 
+    @property
+    def sunward(self) -> Tensor:
+        """The side that the light comes from, -1 left to 1 right, (n, 1, 1)."""
+        return (3 * self.layout["sun_x"]).clamp(-1, 1)
+
     def by_kind(self) -> list["Canvas"]:
         """Canvases of the scenes of each kind, on the same memory; scenes of one kind stand together."""
         parts, first = [], 0

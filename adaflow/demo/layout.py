@@ -57,6 +57,9 @@ _COMMON = {
     "near_detail": (0.8, 2.6),
     "hill_hue": (0.0, 1.0),
     "ground_hue": (0.0, 1.0),
+    "patches": (0.0, 0.6),
+    "haze": (0.0, 1.0),
+    "sky_depth": (0.45, 0.85),
     "ground_swell": (0.005, 0.03),
     "grove_density": (0.1, 0.9),
     "grove_conifers": (-0.3, 1.3),
@@ -66,7 +69,7 @@ _COMMON = {
     "tree_size": (0.26, 0.4),
     "tree_base": (0.015, 0.045),  # under the horizon
     "foliage_hue": (0.0, 1.0),
-    "foreground": (-0.05, 0.075),  # height; none below 0
+    "foreground": (-0.03, 0.08),  # height; none where it would be thin
     "band_far": (0.05, 0.08),  # road: its edges behind and before the object's base; lake: its shore under the horizon
     "band_near": (0.03, 0.06),
     "place": (-1.0, 1.0),
@@ -85,11 +88,12 @@ _KINDS = {
     | {"sway": (0.0, _SWAY), "lift": (0.004, 0.01)},
     "ball": {"width": (0.22, 0.36), "tallness": (1.0, 1.0), "base": (0.76, 0.92), "lift": (-0.08, 0.2)}
     | {"period": (0.9, 1.4)},
-    "balloon": {"width": (0.28, 0.4), "tallness": (1.36, 1.5), "base": (0.66, 0.78), "velocity": (-0.04, 0.04)}
+    "balloon": {"width": (0.28, 0.4), "tallness": (1.36, 1.5), "base": (0.5, 0.72), "velocity": (-0.04, 0.04)}
     | {"sway": (0.0, _SWAY), "lift": (0.0, 0.03), "period": (5.0, 9.0)},
     "house": {"width": (0.36, 0.52), "tallness": (0.8, 0.95), "base": (0.76, 0.86)},
 }
-_STANDING = 0.04  # an object slower than this stands still
+_STANDING = 0.04  # a car slower than this stands still
+_THIN = 0.025  # a foreground lower than this is left out
 _NAMES = (*_COMMON, "width", "tallness", "base")
 _LAYOUT_DRAWS = 0
 
@@ -105,6 +109,8 @@ def measures(seed: int, kind: str) -> dict[str, float]:
     }
     values["facing"] = 1.0 if values["facing"] >= 0 else -1.0
     values["lift"] = max(values["lift"], 0.0)
+    values["base"] = max(values["base"], values["width"] * values["tallness"] + values["lift"] + _MARGIN)
+    values["foreground"] = values["foreground"] if values["foreground"] > _THIN else 0.0
     if kind == "car":
         values["velocity"] = values["velocity"] if abs(values["velocity"]) > _STANDING else 0.0
     if values["velocity"]:
@@ -137,10 +143,24 @@ class Layout:
         """The layout of some of the scenes."""
         return Layout(self.scenes[rows], self.aspect, self.device)
 
-    def table(self, attribute: str, values: dict) -> Tensor:
-        """A colour, or several, of each scene, looked up by one of its attributes: (n, ..., 3, 1, 1)."""
-        rows = torch.tensor([values[getattr(scene, attribute)] for scene in self.scenes], dtype=torch.float32)
-        return rows.to(self.device)[..., None, None]
+    def table(self, values: dict, *attributes: str) -> Tensor:
+        """Numbers of each scene, such as a colour, looked up by an attribute, or by two in a table of tables.
+
+        Returns:
+            (n, ..., 1, 1), where ... is the shape of what the table holds.
+        """
+        rows = []
+        for scene in self.scenes:
+            row = values
+            for attribute in attributes:
+                row = row[getattr(scene, attribute)]
+            rows.append(row)
+        return torch.tensor(rows, dtype=torch.float32).to(self.device)[..., None, None]
+
+    def only(self, attribute: str, value: str) -> Tensor:
+        """1 for the scenes with an attribute and 0 for the others, (n, 1, 1)."""
+        flags = [float(getattr(scene, attribute) == value) for scene in self.scenes]
+        return torch.tensor(flags).to(self.device)[:, None, None]
 
     def shifts(self, camera: Tensor, clock: Tensor) -> Tensor:
         """Where the origin of each layer is in the picture, (n, layers, 2) float64; camera and clock are (n,)."""

@@ -32,9 +32,9 @@ class Brush:
         self.u, self.v = x * layout["facing"], -y
         self.w, self.t = layout["width"], layout["width"] * layout["tallness"]
         self.shape, self.detail = layout["shape"], layout["detail"]
-        self.light = layout.table("time", palette.OBJECT_LIGHT)
-        self.bright = layout.table("colour", palette.COLOUR) * self.light
-        self.lit = (0.62 - 0.5 * x / self.w + 0.55 * (self.v / self.t - 0.5)).clamp_(0, 1)
+        self.light = layout.table(palette.OBJECT_LIGHT, "time")
+        self.bright = layout.table(palette.COLOUR, "colour") * self.light
+        self.lit = (0.62 + 0.5 * canvas.sunward * x / self.w + 0.55 * (self.v / self.t - 0.5)).clamp_(0, 1)
         self.cover = torch.zeros_like(self.lit)
 
     def coloured(self, distance: Tensor, tint: float = 1.0, shade: Tensor | None = None) -> None:
@@ -65,7 +65,7 @@ def disc(u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
     return torch.hypot(u, v) - radius
 
 
-def box(u: Tensor, v: Tensor, half_width: Tensor, half_height: Tensor, corner: Tensor | float = 0.0) -> Tensor:
+def box(u: Tensor, v: Tensor, half_width: Tensor | float, half_height: Tensor, corner: Tensor | float = 0.0) -> Tensor:
     """Signed distance of a box around the origin with rounded corners."""
     across, along = u.abs() - half_width + corner, v.abs() - half_height + corner
     outside = torch.hypot(across.clamp(min=0), along.clamp(min=0))
@@ -99,7 +99,7 @@ def draw_car(b: Brush) -> None:
         rear = slant(u, v, (back, waist), (roof_back, top))
         return hull(windscreen + inset, rear + inset, low - v, v - high)
 
-    b.coloured(cabin(0.0, waist - 0.08 * t, top) - 0.0, tint=0.97)
+    b.coloured(cabin(0.0, waist - 0.08 * t, top), tint=0.97)
     b.coloured(box(u, v - 0.4 * t, 0.5 * w, 0.24 * t, 0.13 * t))
     b.coloured(box(u, v - 0.235 * t, 0.485 * w, 0.035 * t), tint=0.6)
     glass = cabin(0.035 * w, waist, 0.9 * t)
@@ -116,10 +116,10 @@ def draw_boat(b: Brush) -> None:
     u, v, w, t = b.u, b.v, b.w, b.t
     deck, boom = 0.2 * t, 0.25 * t
     mast = (0.06 - 0.1 * b.shape) * w
-    b.plain(box(u - mast, v - 0.6 * t, 0.008 + 0 * w, 0.4 * t), *palette.WOOD)
+    b.plain(box(u - mast, v - 0.6 * t, 0.008, 0.4 * t), *palette.WOOD)
     belly = 0.10 * w * torch.sin(pi * ((v - boom) / (0.72 * t)).clamp(0, 1))
     main = hull(
-        slant(u, v, (-0.46 * w - 0 * u[:, :, :1], boom), (mast - 0.015, 0.97 * t)) - belly * 0.5,
+        slant(u, v, (-0.46 * w, boom), (mast - 0.015, 0.97 * t)) - belly * 0.5,
         u - mast + 0.015,
         boom - v,
     )
@@ -136,18 +136,17 @@ def draw_ball(b: Brush) -> None:
     radius = b.w / 2
     u, v = b.u, b.v - radius
     whole = disc(u, v, radius)
-    x = u * b.layout["facing"]
-    toward = torch.hypot(x / radius + 0.38, v / radius - 0.42)
+    toward = torch.hypot(u * b.layout["facing"] / radius - 0.38 * b.canvas.sunward, v / radius - 0.42)
     shade = (1.12 - 0.62 * toward).clamp_(0, 1)
     b.coloured(whole, shade=shade)
     angle = 1.2 * (b.shape - 0.5)
-    across = (v - angle * u) / (1 + angle * angle).sqrt()
-    along = (u + angle * v) / (1 + angle * angle).sqrt()
-    bend = across - (b.detail - 0.5) * 0.5 * (1 - (along / radius).square()).clamp(min=0) * radius
+    norm = (1 + angle * angle).sqrt()
+    along, over = (u + angle * v) / norm, (v - angle * u) / norm
+    bend = over - (b.detail - 0.5) * 0.5 * (1 - (along / radius).square()).clamp(min=0) * radius
     b.coloured(hull(whole, bend.abs() - 0.17 * radius), tint=1.55, shade=shade)
     for side in (-1, 1):
         b.coloured(hull(whole, (bend - side * 0.62 * radius).abs() - 0.1 * radius), tint=0.66, shade=shade)
-    spot = 0.35 * torch.exp(-(torch.hypot(x / radius + 0.36, v / radius - 0.42) / 0.24).square())
+    spot = 0.35 * torch.exp(-(toward / 0.24).square())
     b.canvas.paint(spot * b.canvas.coverage(whole), b.light)
 
 
@@ -170,7 +169,7 @@ def draw_balloon(b: Brush) -> None:
     round_ = (u / girth).clamp(-1, 1)
     gores = torch.asin(round_ * 0.999) / pi * (4 + 2 * (b.shape > 0.5).float()) + 0.25
     shade = (0.2 + 1.0 * b.lit - 0.25 * round_.square()).clamp_(0, 1)
-    b.coloured(whole, shade=shade)
+    b.coloured(whole, tint=0.92, shade=shade)
     stripe = ((gores % 1) - 0.5).abs() - 0.25
     soft = smoothstep(-0.03, 0.03, -stripe)
     pale = torch.lerp(b.bright, b.light, 0.5)
@@ -195,7 +194,7 @@ def draw_house(b: Brush) -> None:
     b.coloured(roof, tint=0.66)
     b.coloured(hull(roof, v - eaves - 0.03 * t), tint=0.45)
     b.plain(box(u, v - 0.15 * t, 0.065 * w, 0.15 * t), *palette.WOOD)
-    window = b.layout.table("time", palette.WINDOW)
+    window = b.layout.table(palette.WINDOW, "time")
     for place in (-0.28, 0.28):
         frame = box(u - place * w, v - 0.56 * eaves, 0.095 * w, 0.18 * eaves)
         b.plain(frame, palette.METAL)
@@ -212,19 +211,24 @@ DRAW: dict[str, Callable[[Brush], None]] = {
 }
 
 
+# Of the shadow: its height over its width, and how dark it is.
+_SHADOWS = {
+    "car": (0.07, 0.42),
+    "boat": (0.10, 0.30),
+    "ball": (0.16, 0.42),
+    "balloon": (1.0, 0.0),
+    "house": (0.06, 0.35),
+}
+
+
 def paint_shadow(canvas: Canvas) -> None:
     """A soft dark patch under the object, on what it stands on; a balloon has none."""
     layout = canvas.layout
     x, y = canvas.local(Layer.OBJECT)
     lifted = layout["base"] - canvas.shift(Layer.OBJECT)[1]
-    flat = {"car": 0.07, "boat": 0.10, "ball": 0.16, "balloon": 1.0, "house": 0.06}
-    depth = {"car": 0.42, "boat": 0.30, "ball": 0.42, "balloon": 0.0, "house": 0.35}
-    flat, depth = (
-        torch.tensor([table[scene.kind] for scene in layout.scenes], device=layout.device)[:, None, None]
-        for table in (flat, depth)
-    )
+    flat, depth = layout.table(_SHADOWS, "kind").unbind(1)
     half = layout["width"] * 0.56 / (1 + 1.5 * lifted)
-    r = torch.hypot((x - 0.08 * layout["width"]) / half, (y - lifted) / (half * 2 * flat))
+    r = torch.hypot((x + 0.08 * canvas.sunward * layout["width"]) / half, (y - lifted) / (half * 2 * flat))
     canvas.paint(depth * smoothstep(0.0, 1.0, 1.25 - r), torch.zeros(1, 3, 1, 1, device=layout.device))
 
 

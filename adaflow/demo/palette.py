@@ -1,8 +1,15 @@
 """The colours of the demo world, as red, green, blue in 0 .. 1: pairs of a dark and a light one by season or time."""
 
-# What the light makes of scenery (far ones take more of the haze), and of the object, whose hue it may not change.
-LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.70, 0.52), "night": (0.27, 0.34, 0.56)}
-OBJECT_LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.90, 0.84), "night": (0.66, 0.67, 0.72)}
+# What the light makes of scenery, its dark and its light colour (snow is pink with violet shadows in a low sun), and of
+# the object, whose hue it may not change.
+LIGHT = {
+    "day": ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+    "sunset": ((0.76, 0.64, 0.68), (1.0, 0.82, 0.64)),
+    "night": ((0.26, 0.31, 0.46), (0.54, 0.54, 0.66)),
+}
+SNOW_LIGHT = LIGHT | {"sunset": ((0.66, 0.62, 0.84), (1.0, 0.84, 0.82))}
+SCENERY_LIGHT = {"summer": LIGHT, "autumn": LIGHT, "winter": SNOW_LIGHT}
+OBJECT_LIGHT = {"day": (1.0, 1.0, 1.0), "sunset": (1.0, 0.90, 0.84), "night": (0.74, 0.75, 0.80)}
 HAZE = {"day": (0.74, 0.85, 0.95), "sunset": (0.93, 0.52, 0.36), "night": (0.10, 0.13, 0.27)}
 
 # Sky: at the top, half way, at the horizon.
@@ -34,6 +41,11 @@ MEADOW = {
     "summer": (((0.22, 0.48, 0.10), (0.48, 0.70, 0.20)), ((0.32, 0.50, 0.10), (0.60, 0.72, 0.24))),
     "autumn": (((0.52, 0.38, 0.10), (0.80, 0.62, 0.22)), ((0.56, 0.34, 0.12), (0.82, 0.54, 0.22))),
     "winter": (((0.78, 0.84, 0.91), (0.98, 0.99, 1.00)), ((0.82, 0.86, 0.91), (0.99, 0.99, 1.00))),
+}
+PATCHES = {  # flowers, fallen leaves, blue hollows; dark and light are the same
+    "summer": (((0.86, 0.84, 0.30),) * 2, ((0.74, 0.74, 0.24),) * 2),
+    "autumn": (((0.74, 0.26, 0.08),) * 2, ((0.94, 0.74, 0.20),) * 2),
+    "winter": (((0.66, 0.75, 0.89),) * 2, ((0.76, 0.82, 0.91),) * 2),
 }
 FOLIAGE = {
     "summer": (((0.08, 0.28, 0.08), (0.28, 0.56, 0.14)), ((0.16, 0.32, 0.06), (0.46, 0.62, 0.16))),

@@ -78,14 +78,15 @@ class Scene:
     def caption(self, variant: int = 0) -> str:
         """One of CAPTION_VARIANTS sentences that name every attribute that can be read off the picture.
 
-        A pencil sketch is grey: neither colour nor time can be read off it, and its caption names neither.
+        A pencil sketch is grey: colour, season and time cannot be read off it, and its caption names none of them.
         """
         grey = self.style == "pencil sketch"
         thing = "hot air balloon" if self.kind == "balloon" and variant % 2 else self.kind
         thing = thing if grey else f"{self.colour} {thing}"
         time, when = ("", "") if grey else (self.time, _WHEN[self.time])
         style = f"an {self.style}" if self.style == "oil painting" else f"a {self.style}"
-        place, season, on = _PLACES[self.kind], self.season, f"in {self.season}"
+        season, on = ("", "") if grey else (self.season, f"in {self.season}")
+        place = _PLACES[self.kind]
         sentences = (
             ((style, "of a", thing, place, on, when),),
             (("a", thing, place), (season,), (time,), (self.style,)),

@@ -31,10 +31,10 @@ def paint_trees(canvas: Canvas, layer: Layer) -> None:
     crown = canvas.coverage(distance) * grown
     thick = 0.05 * tall + 0.5 * canvas.pixel
     trunk = canvas.coverage(torch.maximum(right.abs() - thick, torch.maximum(-up, up - 0.5 * tall))) * grown
-    light = layout.table("time", palette.LIGHT)
+    light = layout.table(palette.SCENERY_LIGHT, "season", "time")[:, 0]
     canvas.paint(trunk, torch.tensor(palette.TRUNK, device=layout.device)[:, None, None] * light)
     leaves = noise_plane(layout.seed, salt + 7, 16.0 * x, 16.0 * y)
-    shade = (0.1 + 0.55 * up / tall - 0.35 * right / wide + 0.6 * (leaves - 0.4)).clamp_(0, 1)
+    shade = (0.1 + 0.55 * up / tall + 0.35 * canvas.sunward * right / wide + 0.6 * (leaves - 0.4)).clamp_(0, 1)
     hue = (0.6 * layout["foliage_hue"] + 0.8 * draw[5] - 0.2).clamp(0, 1)
     canvas.paint(crown, *seasonal(canvas, palette.FOLIAGE, hue, 0.12 if grove else 0.0), shade)
     canvas.claim(layer, torch.maximum(crown, trunk))

@@ -14,7 +14,7 @@ from .scene import Scene
 from .scenery import paint_clouds, paint_foreground, paint_ground, paint_hills, paint_sky
 from .trees import paint_trees
 
-_CPU_CHUNK = 8  # scenes painted in one go: what a processor's cache holds
+_CHUNK, _CPU_CHUNK = 256, 8  # scenes painted in one go: what memory holds, and what a processor's cache holds
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _paint_all(scenes, camera: Tensor, clock: Tensor, height: int, width: int, d
     layers = torch.empty(n, height, width, dtype=torch.int64, device=device)
     # scenes of one kind together: each kind's object is then drawn for its own scenes only
     order = sorted(range(n), key=lambda i: scenes[i].kind)
-    chunk = chunk or (_CPU_CHUNK if images.device.type == "cpu" else n)
+    chunk = chunk or (_CPU_CHUNK if images.device.type == "cpu" else _CHUNK)
     for first in range(0, n, chunk):
         rows = order[first : first + chunk]
         part = _paint([scenes[i] for i in rows], camera[rows], clock[rows], height, width, device)
