@@ -39,9 +39,7 @@ class Brush:
 
     def coloured(self, distance: Tensor, tint: float = 1.0, shade: Tensor | None = None) -> None:
         """A part in the asked colour, darker (tint under 1) or paler (over 1), shaded by ``lit`` unless told."""
-        colour = (
-            torch.lerp(self.bright, self.light.expand_as(self.bright), tint - 1) if tint > 1 else self.bright * tint
-        )
+        colour = self.bright * min(tint, 1) + (self.light - self.bright) * max(tint - 1, 0)
         self._lay(distance, 0.58 * colour, torch.lerp(colour, self.light, 0.12), self.lit if shade is None else shade)
 
     def plain(self, distance: Tensor, dark, light=None, shade: Tensor | None = None) -> None:
@@ -117,12 +115,9 @@ def draw_boat(b: Brush) -> None:
     deck, boom = 0.2 * t, 0.25 * t
     mast = (0.06 - 0.1 * b.shape) * w
     b.plain(box(u - mast, v - 0.6 * t, 0.008, 0.4 * t), *palette.WOOD)
-    belly = 0.10 * w * torch.sin(pi * ((v - boom) / (0.72 * t)).clamp(0, 1))
-    main = hull(
-        slant(u, v, (-0.46 * w, boom), (mast - 0.015, 0.97 * t)) - belly * 0.5,
-        u - mast + 0.015,
-        boom - v,
-    )
+    belly = 0.05 * w * torch.sin(pi * ((v - boom) / (0.72 * t)).clamp(0, 1))
+    leech = slant(u, v, (-0.46 * w, boom), (mast - 0.015, 0.97 * t)) - belly
+    main = hull(leech, u - mast + 0.015, boom - v)
     b.coloured(main, shade=(0.35 + 0.9 * b.lit + 0.6 * u / w).clamp(0, 1))
     jib = hull(slant(u, v, (mast + 0.015, 0.86 * t), (0.44 * w, boom)), mast + 0.015 - u, boom - v)
     b.coloured(jib, tint=1.28)
@@ -155,17 +150,16 @@ def draw_balloon(b: Brush) -> None:
     radius = w / 2
     middle = t - radius
     neck, mouth = 0.21 * t, 0.1 * w
-    side = u.abs()
-    reach = 0.8 * radius
-    skirt = hull(slant(side, v, (reach, middle - 0.6 * radius), (mouth, neck)), neck - v, v - middle + 0.6 * radius)
+    cone = slant(u.abs(), v, (0.8 * radius, middle - 0.6 * radius), (mouth, neck))
+    skirt = hull(cone, neck - v, v - middle + 0.6 * radius)
     whole = torch.minimum(disc(u, v - middle, radius), skirt)
     for rope in (-1, 1):
         line = slant(u * rope, v, (mouth, neck), (0.07 * w, 0.1 * t)).abs() - 0.4 * b.canvas.pixel
         b.plain(hull(line, v - neck, 0.1 * t - v), palette.WOOD[0])
     b.plain(box(u, v - 0.06 * t, 0.09 * w, 0.06 * t, 0.02 * w), *palette.WOOD)
     height = ((v - neck) / (middle - neck)).clamp(0, 1)
-    girth = torch.where(v > middle, (radius.square() - (v - middle).square()).clamp(min=1e-5).sqrt(), 0)
-    girth = torch.where(v > middle, girth, torch.lerp(mouth, radius, height * (1.75 - 0.75 * height)))
+    dome = (radius.square() - (v - middle).square()).clamp(min=1e-5).sqrt()
+    girth = torch.where(v > middle, dome, torch.lerp(mouth, radius, height * (1.75 - 0.75 * height)))
     round_ = (u / girth).clamp(-1, 1)
     gores = torch.asin(round_ * 0.999) / pi * (4 + 2 * (b.shape > 0.5).float()) + 0.25
     shade = (0.2 + 1.0 * b.lit - 0.25 * round_.square()).clamp_(0, 1)
@@ -181,16 +175,11 @@ def draw_balloon(b: Brush) -> None:
 def draw_house(b: Brush) -> None:
     u, v, w, t = b.u, b.v, b.w, b.t
     eaves = (0.5 + 0.1 * b.shape) * t
-    half = 0.45 * w
     ridge = (0.03 + 0.25 * b.detail) * w
     b.coloured(box(u - 0.24 * w, v - 0.8 * t, 0.045 * w, 0.17 * t), tint=0.5)
-    walls = box(u, v - eaves / 2, half, eaves / 2 + 0.01)
+    walls = box(u, v - eaves / 2, 0.45 * w, eaves / 2 + 0.01)
     b.coloured(hull(walls, -v), shade=(0.45 + 0.7 * b.lit).clamp(0, 1))
-    roof = hull(
-        slant(u.abs(), v, (ridge, t), (0.5 * w, eaves - 0.01)),
-        eaves - 0.01 - v,
-        v - t,
-    )
+    roof = hull(slant(u.abs(), v, (ridge, t), (0.5 * w, eaves - 0.01)), eaves - 0.01 - v, v - t)
     b.coloured(roof, tint=0.66)
     b.coloured(hull(roof, v - eaves - 0.03 * t), tint=0.45)
     b.plain(box(u, v - 0.15 * t, 0.065 * w, 0.15 * t), *palette.WOOD)
@@ -199,7 +188,7 @@ def draw_house(b: Brush) -> None:
         frame = box(u - place * w, v - 0.56 * eaves, 0.095 * w, 0.18 * eaves)
         b.plain(frame, palette.METAL)
         b.plain(frame + 0.012 * w, window)
-        b.plain(hull(frame, u.sub(place * w).abs() - 0.006), palette.METAL)
+        b.plain(hull(frame, (u - place * w).abs() - 0.006), palette.METAL)
 
 
 DRAW: dict[str, Callable[[Brush], None]] = {

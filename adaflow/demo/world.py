@@ -95,7 +95,8 @@ def _paint_all(scenes, camera: Tensor, clock: Tensor, height: int, width: int, d
     chunk = chunk or (_CPU_CHUNK if images.device.type == "cpu" else _CHUNK)
     for first in range(0, n, chunk):
         rows = order[first : first + chunk]
-        part = _paint([scenes[i] for i in rows], camera[rows], clock[rows], height, width, device)
+        with torch.autocast(images.device.type, enabled=False):
+            part = _paint([scenes[i] for i in rows], camera[rows], clock[rows], height, width, device)
         images[rows], layers[rows] = part.image, part.layers
     return images, layers
 
