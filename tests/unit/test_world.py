@@ -149,6 +149,27 @@ def test_warping_the_next_frame_back_gives_this_frame(rng):
     assert warped[visible].mean() < 0.5 * unmoved[visible].mean()
 
 
+def test_a_move_by_whole_pixels_is_a_copy(rng):
+    scenes = [scene for kind in KINDS for scene in scenes_of(rng, 5, kind=kind)]
+    camera, clock = views(scenes)
+    moved_camera = camera + rng.choice([-20, 20]) / SIZE[0]  # 5, 10, 15, 20 and 26 pixels by the layers' parallax
+    first, second = render(scenes, camera, clock, *SIZE), render(scenes, moved_camera, clock, *SIZE)
+    moved, visible = flow(scenes, camera, clock, moved_camera, clock, *SIZE)
+    assert (moved[:, 1] == 0).all()
+    target = (torch.arange(SIZE[1]) + moved[:, 0].round().long()).clamp(0, SIZE[1] - 1)
+    there = second.layers.gather(2, target)
+    assert (there == first.layers)[visible].all(), "a covered point is called visible"
+    copied = second.images.gather(3, target[:, None].expand_as(second.images))
+    # clouds are thin at their rims, and the sky behind them stands still
+    land = visible & (first.layers >= Layer.FAR_HILLS) & ~edges(first.layers) & ~edges(second.layers).gather(2, target)
+    assert land.float().mean() > 0.15
+    error = (copied - first.images).abs().amax(dim=1)
+    for layer in first.layers[land].unique():
+        differs = error[land & (first.layers == layer)] > 1e-3
+        # some: what covers less than half a pixel, such as a tree's tip, is no edge of a layer
+        assert differs.float().mean() < 0.06, f"{Layer(int(layer)).name} does not move with its flow"
+
+
 def edges(layers):
     """Pixels next to another layer."""
     values = layers.float()[:, None]
