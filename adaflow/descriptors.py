@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .runs import Run
 from .storage import SafetensorsReader, SafetensorsWriter
 
-FORMAT = "adaflow-descriptors-1"
+FORMAT = "adaflow-descriptors-2"
 LEVELS = 4
 Area = tuple[int, int, int, int]  # height, width, top, left in latent pixels, as ComfyUI's areas
 
@@ -43,21 +44,23 @@ class DescriptorWriter:
         path: file to make.
         shape: (frames, channels, height, width).
         model, clip: signatures of the model and of the clip's latent.
+        made_by: a hash of everything the descriptors depend on.
         slice_rgb: y-t slice of the clip, (frames, height, 3) in 0 .. 1, to draw the keyframe selection on.
         dtype: float16 or float32.
     """
 
-    def __init__(self, path: Path, shape, model: str, clip: str, slice_rgb: Tensor, dtype=torch.float16):
+    def __init__(self, path: Path, shape, model: str, clip: str, made_by: str, slice_rgb: Tensor, dtype=torch.float16):
         names = {"descriptors": (dtype, tuple(shape)), "slice_rgb": (torch.float32, tuple(slice_rgb.shape))}
-        self._writer = SafetensorsWriter(path, names, {"format": FORMAT, "model": model, "clip": clip})
-        self._writer.write("slice_rgb", slice(None), slice_rgb)
+        about = {"format": FORMAT, "model": model, "clip": clip, "made_by": made_by}
+        self._writer = SafetensorsWriter(path, names, about)
+        self._writer.write("slice_rgb", 0, slice_rgb)
         self._missing = set(range(shape[0]))
 
     def write(self, frames: list[int], maps: Tensor) -> None:
         """Store features (frames, channels, height, width) of ``frames``."""
         maps = F.normalize(maps.float(), dim=1)
         for frame, values in zip(frames, maps, strict=True):
-            self._writer.write("descriptors", frame, values)
+            self._writer.write("descriptors", frame, values[None])
         self._missing.difference_update(frames)
 
     def close(self) -> "Descriptors":
@@ -77,14 +80,17 @@ class Descriptors:
     Attributes:
         frames, shape: number of frames; (frames, channels, height, width).
         model, clip: signatures of the model that made them and of the clip.
+        made_by: a hash of everything they depend on: equal for equal descriptors.
+        run: where they lie, if they belong to one; in use, so not cleaned up, while this object lives.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, run: Run | None = None):
         self._reader = SafetensorsReader(path)
-        if self._reader.metadata.get("format") != FORMAT:
+        metadata = self._reader.metadata
+        if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} does not hold descriptors of format {FORMAT}")
-        self.path = Path(path)
-        self.model, self.clip = self._reader.metadata["model"], self._reader.metadata["clip"]
+        self.path, self.run = Path(path), run
+        self.model, self.clip, self.made_by = metadata["model"], metadata["clip"], metadata["made_by"]
         self.shape = self._reader.shape("descriptors")
         self.frames = self.shape[0]
 

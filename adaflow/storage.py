@@ -1,10 +1,12 @@
-"""Large tensors in safetensors files that are filled piece by piece and read by memory map.
+"""Large tensors in safetensors files that are filled piece by piece and read by memory map, and durable writing.
 
-``safetensors`` writes a file in one call from tensors in memory. A trajectory does not fit there, so the header, which
-depends on names, types and shapes alone, is written first and the data region is filled through a memory map.
+``safetensors`` writes a file in one call from tensors in memory. Descriptors do not fit there, so the header, which
+depends on names, types and shapes alone, is written first and the data region is filled after it.
 """
 
+import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -12,13 +14,44 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-_CODES = {torch.float16: ("F16", np.float16), torch.float32: ("F32", np.float32), torch.int32: ("I32", np.int32)}
+_CODES = {torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
+
+
+def replace_durably(partial: Path, path: Path) -> None:
+    """Rename ``partial``, which is on the disk already, so that the name survives a power loss."""
+    partial.replace(path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Put a text file in place of ``path``: whatever happens, the old or the whole new one stands there."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    replace_durably(partial, path)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 class SafetensorsWriter:
     """A safetensors file whose tensors are written in pieces.
 
-    The file stands under ``<path>.partial`` until :meth:`close`, which renames it: a reader never sees half a file.
+    The file stands under ``<path>.partial`` until :meth:`close`, which renames it: a reader never sees half a file. It
+    is written, not mapped: a full disk raises OSError where a memory map would end the process.
 
     Args:
         path: the final path.
@@ -30,46 +63,58 @@ class SafetensorsWriter:
         self.path = Path(path)
         self._partial = self.path.with_name(self.path.name + ".partial")
         header: dict[str, object] = {"__metadata__": metadata}
-        offset = 0
+        end = 0
         for name, (dtype, shape) in shapes.items():
-            size = int(np.prod(shape)) * dtype.itemsize
-            header[name] = {"dtype": _CODES[dtype][0], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
+            start, end = end, end + int(np.prod(shape)) * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        start = 8 + len(text)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._partial, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(start + offset)
-        self._views = {
-            name: np.memmap(
-                self._partial,
-                _CODES[dtype][1],
-                "r+",
-                offset=start + header[name]["data_offsets"][0],
-                shape=tuple(shape),
-            )
+        self._places = {
+            name: (8 + len(text) + header[name]["data_offsets"][0], dtype, int(np.prod(shape[1:])) * dtype.itemsize)
             for name, (dtype, shape) in shapes.items()
         }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._partial, "wb", buffering=0)  # noqa: SIM115, closed by close() and discard()
+        try:
+            self._put(0, struct.pack("<Q", len(text)) + text)
+            self._file.truncate(8 + len(text) + end)
+        except OSError:
+            self.discard()
+            raise
 
-    def write(self, name: str, index: int | slice, values: torch.Tensor) -> None:
-        """Write ``values`` at ``index`` of the first dimension of tensor ``name``."""
-        view = self._views[name]
-        view[index] = values.detach().to("cpu", torch.from_numpy(np.empty(0, view.dtype)).dtype).numpy()
+    def _put(self, offset: int, data) -> None:
+        self._file.seek(offset)
+        data = memoryview(data).cast("B")
+        while data:  # an unbuffered write may take a part only
+            data = data[self._file.write(data) :]
+
+    def write(self, name: str, first: int, values: torch.Tensor) -> None:
+        """Write rows ``first``, ``first`` + 1, ... of tensor ``name`` along its first dimension."""
+        start, dtype, row_bytes = self._places[name]
+        self._put(start + first * row_bytes, values.detach().to("cpu", dtype).contiguous().numpy())
 
     def close(self) -> Path:
-        """Flush, give the file its final name and return that."""
-        for view in self._views.values():
-            view.flush()
-        self._views = {}
-        self._partial.replace(self.path)
+        """Bring the file to the disk, give it its final name and return that."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        replace_durably(self._partial, self.path)
         return self.path
 
     def discard(self) -> None:
         """Remove the unfinished file."""
-        self._views = {}
+        self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def save_tensor(path: Path, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """Write one tensor as ``x`` to a safetensors file, durably."""
+    writer = SafetensorsWriter(path, {"x": (dtype, tuple(values.shape))}, {})
+    try:
+        writer.write("x", 0, values)
+        writer.close()
+    except BaseException:
+        writer.discard()
+        raise
 
 
 class SafetensorsReader:

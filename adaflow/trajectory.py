@@ -1,64 +1,108 @@
 """The inverted source video: its latents at every noise level of the grid, on disk and memory-mapped."""
 
 import hashlib
-import json
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .ddim import bracket, sigma_to_mu
-from .storage import SafetensorsReader, SafetensorsWriter
+from .runs import Run
+from .storage import SafetensorsReader, save_tensor
 
-FORMAT = "adaflow-trajectory-1"
+FORMAT = "adaflow-trajectory-2"
+HASHED_FRAMES = 64  # at a time
 
 
 def clip_fingerprint(latent: Tensor) -> str:
-    """A short hash of a clean latent (frames, channels, height, width): tells one clip from another."""
-    frames = latent.shape[0]
-    picked = latent[:: max(1, frames // 16), :, ::2, ::2].detach().to("cpu", torch.float16).contiguous()
+    """A short hash of every value of a clean latent (frames, channels, height, width)."""
     digest = hashlib.sha256(repr(tuple(latent.shape)).encode())
-    digest.update(picked.numpy().tobytes())
+    for start in range(0, latent.shape[0], HASHED_FRAMES):
+        part = latent[start : start + HASHED_FRAMES].detach().to("cpu", torch.float32).contiguous()
+        digest.update(part.numpy())
     return digest.hexdigest()[:16]
 
 
-def trajectory_bytes(shape: tuple[int, ...], levels: int, dtype: torch.dtype) -> int:
-    """Bytes on disk of a trajectory of ``levels`` noise levels of latents of ``shape``."""
-    return levels * int(torch.Size(shape).numel()) * dtype.itemsize
+def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes on disk of a tensor."""
+    return int(torch.Size(shape).numel()) * dtype.itemsize
 
 
-class TrajectoryWriter:
-    """Takes VP latents level by level, level 0 being the clean one.
+def trajectory_identity(shape, sigmas: list[float], model: str, clip: str, dtype: torch.dtype, **made_by) -> dict:
+    """Everything that a trajectory depends on, to open its run with.
 
     Args:
-        path: file to make.
         shape: (frames, channels, height, width).
         sigmas: ascending noise levels; ``sigmas[0]`` belongs to the clean latent.
         model: signature of the model that inverts.
         clip: :func:`clip_fingerprint` of the clean latent.
-        dtype: float16 or float32.
+        dtype: of the levels on disk, float16 or float32.
+        made_by: fingerprints of whatever else makes a difference, as text.
+    """
+    about = {"shape": list(shape), "sigmas": list(sigmas), "model": model, "clip": clip}
+    return {"format": FORMAT, "dtype": str(dtype), **about, **made_by}
+
+
+def trajectory_bytes(shape: tuple[int, ...], levels: int, dtype: torch.dtype) -> int:
+    """Bytes on disk of a trajectory of ``levels`` noise levels, with the two states it has while it grows."""
+    return levels * tensor_bytes(shape, dtype) + 2 * tensor_bytes(shape, torch.float32)
+
+
+def _name(level: int) -> str:
+    return f"x_{level:04d}.safetensors"
+
+
+def _state_name(level: int) -> str:
+    return f"state_{level:04d}.safetensors"
+
+
+class TrajectoryWriter:
+    """Takes VP latents level by level, level 0 being the clean one, and can go on with those that its run holds.
+
+    Beside the levels, stored as ``dtype``, the last one stands in float32: from there the inversion goes on with the
+    very bits that it had.
+
+    Args:
+        run: opened with :func:`trajectory_identity`.
     """
 
-    def __init__(self, path: Path, shape, sigmas: list[float], model: str, clip: str, dtype=torch.float16):
-        metadata = {"format": FORMAT, "sigmas": json.dumps(list(sigmas)), "model": model, "clip": clip}
-        names = {f"x_{level:04d}": (dtype, tuple(shape)) for level in range(len(sigmas))}
-        self._writer = SafetensorsWriter(path, names, metadata)
+    def __init__(self, run: Run):
+        self.run = run
+        self.dtype = {"torch.float16": torch.float16, "torch.float32": torch.float32}[run.identity["dtype"]]
+        self.levels = len(run.identity["sigmas"])
 
-    def write(self, level: int, x: Tensor) -> None:
-        """Store the VP latent of all frames at ``level``."""
-        self._writer.write(f"x_{level:04d}", slice(None), x)
+    @property
+    def level(self) -> int:
+        """The last level written; -1 before the first."""
+        return self.run.progress.get("level", -1)
 
-    def close(self) -> "Trajectory":
-        return Trajectory(self._writer.close())
+    @property
+    def chunk(self) -> int:
+        """The ``chunk`` of the last :meth:`write`; 0 before the first."""
+        return self.run.progress.get("chunk", 0)
 
-    def discard(self) -> None:
-        self._writer.discard()
+    def state(self) -> Tensor:
+        """The VP latent of the last level, float32, as it was given."""
+        return SafetensorsReader(self.run.path(_state_name(self.level))).read("x", slice(None)).clone()
+
+    def write(self, x: Tensor, chunk: int = 0, also: tuple[str, ...] | list[str] = ()) -> None:
+        """Store the VP latent of all frames at the next level.
+
+        Args:
+            chunk: frames that went through the model at once.
+            also: names of other files of the run that are whole with this level.
+        """
+        old, level = self.level, self.level + 1
+        save_tensor(self.run.path(_name(level)), x, self.dtype)
+        save_tensor(self.run.path(_state_name(level)), x, torch.float32)
+        added = [_name(level), _state_name(level), *also]
+        self.run.commit(added, [_state_name(old)] if level else [], level=level, chunk=chunk)
 
 
 class Trajectory:
     """Reads a trajectory. Nothing is held in memory but what was asked for.
 
     Attributes:
+        run: where it lies; in use, so not cleaned up, while this object lives.
         sigmas: ascending noise levels, level 0 the clean latent's.
         frames, shape: number of frames; (frames, channels, height, width).
         model, clip: signatures of the inverting model and of the clip.
@@ -66,15 +110,14 @@ class Trajectory:
         noise_mask: where the edit may change the clip, (frames or 1, height, width); set by who inverts.
     """
 
-    def __init__(self, path: Path):
-        self._reader = SafetensorsReader(path)
-        metadata = self._reader.metadata
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a trajectory of format {FORMAT}")
-        self.path = Path(path)
-        self.sigmas: list[float] = json.loads(metadata["sigmas"])
-        self.model, self.clip = metadata["model"], metadata["clip"]
-        self.shape = self._reader.shape("x_0000")
+    def __init__(self, run: Run):
+        identity = run.identity
+        if identity.get("format") != FORMAT:
+            raise ValueError(f"{run.folder} is not a trajectory of format {FORMAT}")
+        self.run = run
+        self.sigmas: list[float] = identity["sigmas"]
+        self.model, self.clip = identity["model"], identity["clip"]
+        self.shape = tuple(identity["shape"])
         self.frames = self.shape[0]
         self.source: object = None
         self.noise_mask: Tensor | None = None
@@ -85,7 +128,7 @@ class Trajectory:
 
     def level(self, level: int, frames: list[int] | slice = slice(None)) -> Tensor:
         """VP latents of ``frames`` at one level, float32."""
-        return self._reader.read(f"x_{level:04d}", frames).to(torch.float32, copy=True)
+        return SafetensorsReader(self.run.path(_name(level))).read("x", frames).to(torch.float32, copy=True)
 
     def at(self, sigma: float, frames: list[int] | slice = slice(None)) -> Tensor:
         """VE latents of ``frames`` at any noise level, float32.

@@ -4,6 +4,7 @@ import logging
 import shutil
 import uuid
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import folder_paths
@@ -11,9 +12,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..adaflow.errors import InputError, require
+from ..adaflow.errors import InputError, require, require_one_of
+from ..adaflow.runs import Run, open_run, remove_old_runs
+from .patching.preview import show_text
 
 logger = logging.getLogger(__name__)
+RESUME = ["resume", "start afresh"]
 
 
 def chunk_input(optional: bool = False) -> io.Int.Input:
@@ -55,25 +59,85 @@ def middle_column(latent: Tensor) -> Tensor:
     return latent[..., latent.shape[-1] // 2]
 
 
-def run_file(name: str, size_bytes: int, where: str) -> Path:
-    """A new file name under ComfyUI's temp folder, once the disk has room for ``size_bytes``.
-
-    Raises:
-        InputError: it has not, with both numbers.
-    """
-    folder = Path(folder_paths.get_temp_directory()) / "adaflow"
-    folder.mkdir(parents=True, exist_ok=True)
+def require_room(name: str, size_bytes: int, folder: Path, where: str, what: str = "latent") -> None:
+    """Raise :class:`InputError` on input ``what``, with both numbers, unless ``size_bytes`` more fit on the disk."""
     free = shutil.disk_usage(folder).free
     require(
         size_bytes < free,
         where,
-        "latent",
-        f"so long that {name} needs {size_bytes / 1e9:.2f} GB of disk",
+        what,
+        f"so long that the {name} needs {size_bytes / 1e9:.2f} GB of disk",
         f"less than the {free / 1e9:.2f} GB free in {folder.name}: use fewer frames or steps, or float16, or start "
-        "ComfyUI with --temp-directory on a larger disk",
+        "ComfyUI with this folder on a larger disk (--output-directory, --temp-directory)",
     )
-    logger.info("%s: %s takes %.1f MB of disk", where, name, size_bytes / 1e6)
+    logger.info("%s: the %s takes %.1f MB of disk", where, name, size_bytes / 1e6)
+
+
+def temporary_file(name: str, size_bytes: int, where: str) -> Path:
+    """A new file name under ComfyUI's temp folder, once the disk has room for ``size_bytes``."""
+    folder = Path(folder_paths.get_temp_directory()) / "adaflow"
+    folder.mkdir(parents=True, exist_ok=True)
+    require_room(name, size_bytes, folder, where)
     return folder / f"{name}-{uuid.uuid4().hex}.safetensors"
+
+
+def resume_input() -> io.Combo.Input:
+    """Whether a run that was broken off goes on."""
+    return io.Combo.Input(
+        "resume",
+        options=RESUME,
+        default=RESUME[0],
+        optional=True,
+        tooltip="resume (default): a run with the same inputs that was cancelled or crashed goes on after its last "
+        "whole step, and ends with the same result; a finished one is read from the disk. start afresh: all steps are "
+        "done again.",
+    )
+
+
+def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume: str) -> Run:
+    """The run on disk of these inputs, begun or new, once there is room for the rest of it. Older runs make room.
+
+    Args:
+        size_bytes: of the whole run on disk.
+        resume: one of ``RESUME``.
+
+    Raises:
+        InputError: there is no room; ``resume`` is none of ``RESUME``.
+    """
+    require_one_of(resume, RESUME, where, "resume")
+    folder = Path(folder_paths.get_output_directory()) / "adaflow_runs"
+    run = open_run(folder, kind, identity, afresh=resume != RESUME[0])
+    if run.note:
+        logger.warning("%s: %s", where, run.note)
+    left = max(0, size_bytes - run.size())
+    with run.closed_on_error():
+        remove_old_runs(folder, left)
+        require_room(kind, left, folder, where, "latent" if kind == "inversion" else "trajectory")
+    return run
+
+
+def sample_edit(edit, settings, frames: tuple[int, ...], where: str, resume: str) -> Tensor:
+    """Sample some frames of an :class:`Edit`, going on with a run of the same inputs; see its ``sample``."""
+    with disk_errors_explained(where):
+        run = resumable_run("edit", edit.identity(settings, frames), edit.checkpoint_bytes(frames), where, resume)
+        with run.closed_on_error():
+            if run.progress:
+                show_text(f"{where}: resumed after step {run.progress['step']} of {edit.steps}")
+            samples = edit.sample(settings, where, frames, run)
+        run.close()
+    return samples
+
+
+@contextmanager
+def disk_errors_explained(where: str):
+    """Turn the system's errors of writing files into one that says what to do; what was finished stays."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"{where}: a file of the run could not be written or read ({error}). Free some disk space, or check that "
+            "ComfyUI may write to its output folder, and queue again: finished steps are kept"
+        ) from error
 
 
 def remove_when_unused(owner) -> None:

@@ -6,9 +6,11 @@ from comfy_api.latest import io
 
 from ..adaflow.descriptors import DescriptorWriter
 from ..adaflow.errors import require
-from ..adaflow.trajectory import clip_fingerprint, trajectory_bytes
-from .common import chunk_input, clip_latent, middle_column, remove_when_unused, run_file
+from ..adaflow.runs import digest
+from ..adaflow.trajectory import clip_fingerprint, tensor_bytes
+from .common import chunk_input, clip_latent, middle_column, remove_when_unused, temporary_file
 from .patching.families import model_signature
+from .patching.fingerprint import fingerprint, model_fingerprint
 from .patching.inversion import descriptor_channels, extract_descriptors, zero_conditioning
 from .patching.preview import latent_rgb
 from .types import CATEGORY, Descriptors
@@ -71,15 +73,17 @@ class AdaFlowExtractDescriptors(io.ComfyNode):
         require(-1 <= block < blocks, where, "block", block, f"-1 (automatic) or 0 to {blocks - 1}")
         number = None if block < 0 else block
         shape = (samples.shape[0], descriptor_channels(model, where, number), *samples.shape[2:])
-        path = run_file("descriptors", trajectory_bytes(shape, 1, torch.float16), where)
-        writer = DescriptorWriter(
-            path, shape, signature, clip_fingerprint(samples), latent_rgb(model, middle_column(samples))
-        )
+        path = temporary_file("descriptors", tensor_bytes(shape, torch.float16), where)
+        prompt, clip = empty_prompt or zero_conditioning(model), clip_fingerprint(samples)
+        made_by = digest({"weights": model_fingerprint(model), "clip": clip, "prompt": fingerprint(prompt),
+            "settings": [time, ensemble, block, seed]})  # fmt: skip
+        picture = latent_rgb(model, middle_column(samples))
+        writer = DescriptorWriter(path, shape, signature, clip, made_by, picture)
         progress = comfy.utils.ProgressBar(samples.shape[0])
         try:
             extract_descriptors(
                 model,
-                empty_prompt or zero_conditioning(model),
+                prompt,
                 samples,
                 time,
                 ensemble,

@@ -2,16 +2,37 @@
 
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..adaflow.descriptors import DescriptorWriter
+from ..adaflow.descriptors import Descriptors, DescriptorWriter
 from ..adaflow.errors import require, require_one_of
-from ..adaflow.trajectory import TrajectoryWriter, clip_fingerprint, trajectory_bytes
-from .common import chunk_input, clip_latent, middle_column, remove_when_unused, run_file
+from ..adaflow.runs import Run
+from ..adaflow.trajectory import (
+    Trajectory,
+    TrajectoryWriter,
+    clip_fingerprint,
+    tensor_bytes,
+    trajectory_bytes,
+    trajectory_identity,
+)
+from .common import (
+    RESUME,
+    chunk_input,
+    clip_latent,
+    disk_errors_explained,
+    middle_column,
+    resumable_run,
+    resume_input,
+)
 from .patching.families import model_signature, unet_family
+from .patching.fingerprint import fingerprint, model_fingerprint
 from .patching.inversion import descriptor_channels, inversion_sigmas, invert
-from .patching.preview import latent_rgb, sampling_callback
-from .types import CATEGORY, Descriptors, Trajectory
+from .patching.preview import latent_rgb, sampling_callback, show_text
+from .types import CATEGORY
+from .types import Descriptors as DescriptorsType
+from .types import Trajectory as TrajectoryType
 
+DESCRIPTORS = "descriptors.safetensors"
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -51,10 +72,11 @@ class AdaFlowDDIMInvert(io.ComfyNode):
                     optional=True,
                 ),
                 chunk_input(optional=True),
+                resume_input(),
             ],
             outputs=[
-                Trajectory.Output(display_name="trajectory", tooltip="The clip's latents at every noise level."),
-                Descriptors.Output(display_name="descriptors", tooltip="Token descriptors, from the first pass."),
+                TrajectoryType.Output(display_name="trajectory", tooltip="The clip's latents at every noise level."),
+                DescriptorsType.Output(display_name="descriptors", tooltip="Token descriptors, from the first pass."),
                 io.Latent.Output(
                     display_name="noisiest",
                     tooltip="The last level. A sampler with its noise off starts from it.",
@@ -63,7 +85,7 @@ class AdaFlowDDIMInvert(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, source, latent, steps, precision="float16", chunk=0) -> io.NodeOutput:
+    def execute(cls, model, source, latent, steps, precision="float16", chunk=0, resume=RESUME[0]) -> io.NodeOutput:
         where = "AdaFlowDDIMInvert"
         unet_family(model, where)
         samples = clip_latent(latent, where)
@@ -71,26 +93,49 @@ class AdaFlowDDIMInvert(io.ComfyNode):
         require(samples.shape[1] == channels, where, "latent", f"of {samples.shape[1]} channels", f"{channels}")
         require(len(source) > 0, where, "source", "empty", "an encoded prompt")
         require_one_of(precision, PRECISIONS, where, "precision")
-        dtype = PRECISIONS[precision]
-        sigmas, signature = inversion_sigmas(model, steps), model_signature(model, where)
-        clip = clip_fingerprint(samples)
-        features = (samples.shape[0], descriptor_channels(model, where), *samples.shape[2:])
-        levels = trajectory_bytes(samples.shape, len(sigmas), dtype)
-        path = run_file("trajectory", levels, where)
-        trajectory = TrajectoryWriter(path, samples.shape, sigmas, signature, clip, dtype)
-        path = run_file("descriptors", trajectory_bytes(features, 1, dtype), where)
+        with disk_errors_explained(where):
+            run = _open(model, source, samples, steps, PRECISIONS[precision], where, resume)
+            with run.closed_on_error():
+                noisiest = _invert(model, source, samples, steps, run, chunk, where)
+                trajectory, descriptors = Trajectory(run), Descriptors(run.path(DESCRIPTORS), run)
+        trajectory.source, trajectory.noise_mask = source, latent.get("noise_mask")
+        return io.NodeOutput(trajectory, descriptors, {**latent, "samples": noisiest})
+
+
+def _open(model, source, samples: Tensor, steps: int, dtype: torch.dtype, where: str, resume: str) -> Run:
+    """The run of these inputs, once there is room for it."""
+    sigmas, signature = inversion_sigmas(model, steps), model_signature(model, where)
+    identity = trajectory_identity(
+        samples.shape,
+        sigmas,
+        signature,
+        clip_fingerprint(samples),
+        dtype,
+        weights=model_fingerprint(model),
+        source=fingerprint(source),
+    )
+    features = (samples.shape[0], descriptor_channels(model, where), *samples.shape[2:])
+    size = trajectory_bytes(samples.shape, len(sigmas), dtype) + tensor_bytes(features, dtype)
+    return resumable_run("inversion", identity, size, where, resume)
+
+
+def _invert(model, source, samples: Tensor, steps: int, run: Run, chunk: int, where: str) -> Tensor:
+    """Do what the run has not done yet; returns the noisiest latent."""
+    trajectory, descriptors = TrajectoryWriter(run), None
+    total = trajectory.levels - 1
+    if trajectory.level > 0:
+        show_text(f"{where}: resumed after step {trajectory.level} of {total}")
+    else:
+        identity = run.identity
+        shape = (samples.shape[0], descriptor_channels(model, where), *samples.shape[2:])
+        picture = latent_rgb(model, middle_column(samples))
         descriptors = DescriptorWriter(
-            path, features, signature, clip, latent_rgb(model, middle_column(samples)), dtype
+            run.path(DESCRIPTORS), shape, identity["model"], identity["clip"], run.key, picture, trajectory.dtype
         )
-        try:
-            callback = sampling_callback(model, len(sigmas) - 1)
-            noisiest = invert(model, source, samples, steps, trajectory, descriptors, where, chunk, callback)
-            outputs = trajectory.close(), descriptors.close()
-        except BaseException:
-            trajectory.discard()
+    try:
+        callback = sampling_callback(model, total)
+        return invert(model, source, samples, steps, trajectory, descriptors, where, chunk, callback)
+    except BaseException:
+        if descriptors is not None:
             descriptors.discard()
-            raise
-        for output in outputs:
-            remove_when_unused(output)
-        outputs[0].source, outputs[0].noise_mask = source, latent.get("noise_mask")
-        return io.NodeOutput(*outputs, {**latent, "samples": noisiest})
+        raise

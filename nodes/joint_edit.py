@@ -3,6 +3,7 @@
 import comfy.samplers
 from comfy_api.latest import io, ui
 
+from .common import RESUME, resume_input, sample_edit
 from .patching.edit import Edit
 from .patching.evaluator import EditSettings
 from .patching.patch import deterministic_samplers
@@ -70,6 +71,7 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
                     tooltip="Handed to the sampler, 0 to 18446744073709551615, default 0. Deterministic samplers start "
                     "from the inverted clip and do not use it; keyframes are drawn by the plan's seed."),
                 *share_inputs(),
+                resume_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="keyframes", tooltip="The edited keyframes: decode them for a look."),
@@ -80,7 +82,7 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, trajectory, plan, steps, cfg, sampler_name, scheduler, seed,
-        feature_share, attention_share,
+        feature_share, attention_share, resume=RESUME[0],
     ) -> io.NodeOutput:  # fmt: skip
         where = "AdaFlowJointKeyframeEdit"
         settings = EditSettings(feature_share, attention_share)
@@ -88,6 +90,6 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
             model, positive, negative, trajectory, plan, settings, steps, cfg, sampler_name, scheduler, seed
         )  # fmt: skip
         edit.check(where)
-        keyframes = edit.sample(settings, where, plan.keyframes(0))
+        keyframes = sample_edit(edit, settings, plan.keyframes(0), where, resume)
         pictures = latent_rgb(model, keyframes).repeat_interleave(8, 1).repeat_interleave(8, 2)
         return io.NodeOutput({"samples": keyframes}, edit, ui=ui.PreviewImage(pictures, cls=cls))

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from .common import chunk_input
+from .common import RESUME, chunk_input, resume_input, sample_edit
 from .types import CATEGORY, Edit
 
 
@@ -35,13 +35,15 @@ class AdaFlowTokenPropagate(io.ComfyNode):
             inputs=[
                 Edit.Input("edit", tooltip="From AdaFlow Joint Keyframe Edit."),
                 *propagation_inputs(),
+                resume_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="Every frame, edited: for AdaFlow Save Video.")],
         )
 
     @classmethod
-    def execute(cls, edit, interpolation, chunk) -> io.NodeOutput:
+    def execute(cls, edit, interpolation, chunk, resume=RESUME[0]) -> io.NodeOutput:
         where = "AdaFlowTokenPropagate"
         edit.check(where)
         settings = replace(edit.settings, interpolate=interpolation, chunk=chunk)
-        return io.NodeOutput({"samples": edit.sample(settings, where)})
+        frames = tuple(range(edit.trajectory.frames))
+        return io.NodeOutput({"samples": sample_edit(edit, settings, frames, where, resume)})

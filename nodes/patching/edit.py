@@ -1,6 +1,6 @@
 """A whole edit as ComfyUI samples it: the keyframes alone, for a look, or every frame."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import comfy.sample
 import comfy.samplers
@@ -10,11 +10,16 @@ from torch import Tensor
 
 from ...adaflow.errors import require, require_one_of
 from ...adaflow.plan import EditPlan
+from ...adaflow.runs import Run
 from ...adaflow.trajectory import Trajectory
 from .evaluator import EditSettings
-from .patch import check_edit, deterministic_samplers, patch_edit, refuse_stochastic
+from .fingerprint import fingerprint, model_fingerprint
+from .patch import check_edit, chunk_of_run, deterministic_samplers, patch_edit, refuse_stochastic
 from .preview import sampling_callback
+from .resume import checkpoint_bytes, resumable
 from .windows import slice_conditioning, take
+
+FORMAT = "adaflow-edit-1"
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,45 @@ class Edit:
             bool(self.trajectory.source), where, "trajectory", "without a source prompt", "one of AdaFlowDDIMInvert"
         )
 
-    def sample(self, settings: EditSettings, where: str, frames: tuple[int, ...] | None = None) -> Tensor:
-        """Sample all frames, or ``frames`` alone with these as the keyframes of every step.
+    @property
+    def _sampler(self) -> str:
+        # ComfyUI's ddim is euler, but for a noise mask, where it would put random noise in place of the trajectory
+        return "euler" if self.sampler_name == "ddim" else self.sampler_name
+
+    def identity(self, settings: EditSettings, frames: tuple[int, ...]) -> dict:
+        """Everything that the result of :meth:`sample` depends on, to open its run with.
+
+        The chunk is left out: it changes nothing beyond rounding, and a run resumed keeps the one that it had.
+        """
+        return {
+            "format": FORMAT,
+            "clip": self.trajectory.clip,
+            "frames": list(frames),
+            "model": model_fingerprint(self.model),
+            "prompts": fingerprint([self.positive, self.negative]),
+            "trajectory": fingerprint(self.trajectory),
+            "plan": fingerprint(self.plan),
+            "settings": fingerprint(replace(settings, chunk=0)),
+            "sampling": [self.steps, self.cfg, self._sampler, self.scheduler, self.seed],
+        }
+
+    def checkpoint_bytes(self, frames: tuple[int, ...]) -> int:
+        """Bytes on disk that the run of :meth:`sample` takes."""
+        return checkpoint_bytes(self._sampler, (len(frames), *self.trajectory.shape[1:]), self.steps)
+
+    def sample(self, settings: EditSettings, where: str, frames: tuple[int, ...], run: Run) -> Tensor:
+        """Sample all frames, or some alone with these as the keyframes of every step.
+
+        Args:
+            run: of this edit's :meth:`identity`; gone on with and filled.
 
         Returns:
             (frames, channels, height, width) as a LATENT holds it.
         """
-        total = self.trajectory.frames
-        rows = list(range(total)) if frames is None else list(frames)
+        total, rows = self.trajectory.frames, list(frames)
+        settings = replace(settings, chunk=settings.chunk or run.progress.get("chunk", 0))
         positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))
         patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows))
-        # ComfyUI's ddim is euler, but for a noise mask, where it would put random noise in place of the trajectory
-        sampler = comfy.samplers.sampler_object("euler" if self.sampler_name == "ddim" else self.sampler_name)
         sigmas = comfy.samplers.KSampler(
             patched, self.steps, patched.load_device, self.sampler_name, self.scheduler, 1.0, patched.model_options
         ).sigmas
@@ -77,7 +109,7 @@ class Edit:
             patched,
             torch.zeros_like(clean),
             self.cfg,
-            sampler,
+            resumable(self._sampler, run, chunk_of_run),
             sigmas,
             positive,
             negative,

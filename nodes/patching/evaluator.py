@@ -104,6 +104,11 @@ class EditEvaluator:
     def steps(self) -> int:
         return len(self.sample_sigmas) - 1
 
+    @property
+    def chunk_size(self) -> int:
+        """Frames in one forward; 0 before it is chosen."""
+        return self._chunk
+
     def __call__(self, executor, model, conds, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
         """The body of the CALC_COND_BATCH wrapper: predictions (frames, channels, height, width) of each branch."""
         started = time.perf_counter()

@@ -1,5 +1,6 @@
 """DDIM inversion and descriptor extraction through ComfyUI's own sampling, a chunk of frames at a time."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from .families import UNetFamily, unet_family
 from .patch import PRELOAD_FRAMES, add_wrappers, limit_memory_estimate
 from .taps import StopForward, UNetCall, UNetPass, run_unet, tapped, with_pass
 from .windows import slice_conds
+
+logger = logging.getLogger(__name__)
 
 
 def inversion_sigmas(model_patcher, steps: int) -> list[float]:
@@ -57,7 +60,8 @@ class ChunkedInference:
         """The body of the CALC_COND_BATCH wrapper."""
         self.chunk = self.chunk or auto_chunk(model, x.shape, 1, x.device)
         out = [torch.zeros_like(x) for _ in conds]
-        for start in range(0, x.shape[0], self.chunk):
+        start = 0
+        while start < x.shape[0]:
             comfy.model_management.throw_exception_if_processing_interrupted()
             frames = list(range(start, min(start + self.chunk, x.shape[0])))
             parts = slice_conds(conds, frames)
@@ -65,14 +69,26 @@ class ChunkedInference:
             def evaluate(x_chunk: Tensor, step_pass: UNetPass, parts=parts, frames=frames) -> list[Tensor]:
                 return executor(model, parts, x_chunk, timestep[frames], with_pass(model_options, step_pass))
 
-            with tapped(model.diffusion_model, self.family):
-                if self.on_chunk is None:
-                    predictions = evaluate(x[frames], UNetPass())
-                else:
-                    predictions = self.on_chunk(evaluate, frames, x[frames])
+            try:
+                with tapped(model.diffusion_model, self.family):
+                    if self.on_chunk is None:
+                        predictions = evaluate(x[frames], UNetPass())
+                    else:
+                        predictions = self.on_chunk(evaluate, frames, x[frames])
+            except comfy.model_management.OOM_EXCEPTION as error:
+                self._halve_chunk(len(frames), error)
+                continue
             for branch, prediction in zip(out, predictions, strict=True):
                 branch[frames] = prediction
+            start += len(frames)
         return out
+
+    def _halve_chunk(self, tried: int, error: Exception) -> None:
+        if tried == 1:
+            raise RuntimeError("AdaFlow: out of memory with one frame at a time: use a smaller size") from error
+        self.chunk = tried // 2
+        logger.warning("AdaFlow: out of memory with %d frames at a time; going on with %d", tried, self.chunk)
+        comfy.model_management.soft_empty_cache()
 
     def diffusion_model(self, executor, x, *args, **kwargs):
         return run_unet(executor, self.family, x, args, kwargs)
@@ -121,14 +137,14 @@ def invert(
     Args:
         conditioning: CONDITIONING of the source prompt.
         latent: clean, (frames, channels, height, width), as a LATENT holds it.
-        trajectory: gets every level; the caller closes it.
-        descriptors: gets every frame; the caller closes it. None to take none.
+        trajectory: gets every level that it has not; the caller closes it.
+        descriptors: gets every frame and is closed, once the first step is done; None where that is done already.
         callback: ComfyUI's sampling callback.
 
     Returns:
         The noisiest latent as a LATENT that any ComfyUI sampler takes with its noise off.
     """
-    inference = ChunkedInference(unet_family(model_patcher, where), chunk)
+    inference = ChunkedInference(unet_family(model_patcher, where), chunk or trajectory.chunk)
 
     def first_pass(evaluate, frames, x):
         taken = DescriptorPass(stop=False)
@@ -138,9 +154,12 @@ def invert(
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
         levels = [float(sigma) for sigma in sigmas]
-        trajectory.write(0, x)
+        if trajectory.level < 0:
+            trajectory.write(x)
+        else:
+            x = trajectory.state().to(x)
         ones = x.new_ones(x.shape[0])
-        for level in range(1, len(levels)):
+        for level in range(trajectory.level + 1, len(levels)):
             inference.on_chunk = first_pass if level == 1 and descriptors is not None else None
             x_in = x / sigma_to_mu(levels[level]).item()
             denoised = model(x_in, levels[level] * ones, **(extra_args or {}))
@@ -151,7 +170,8 @@ def invert(
                     f"{len(levels) - 1}, sigma {levels[level]:.4f}. Most likely half precision overflowed: start "
                     "ComfyUI with --force-fp32 or --force-upcast-attention"
                 )
-            trajectory.write(level, x)
+            also = [] if inference.on_chunk is None else [descriptors.close().path.name]
+            trajectory.write(x, inference.chunk, also)
             if callback is not None:
                 callback({"i": level - 1, "denoised": denoised, "x": x, "sigma": sigmas[level]})
         return x / sigma_to_mu(levels[-1]).item()

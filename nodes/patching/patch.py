@@ -50,6 +50,11 @@ def add_wrappers(model_patcher, wrappers: dict[str, object]):
     return clone
 
 
+def chunk_of_run(extra_args: dict) -> int:
+    """Frames at once of the run that a sampler's ``extra_args`` belong to."""
+    return extra_args["model_options"]["transformer_options"][RUN_KEY].chunk_size
+
+
 def limit_memory_estimate(frames: int):
     """PREPARE_SAMPLING wrapper: let ComfyUI reserve memory for ``frames`` frames, not for the whole clip."""
 

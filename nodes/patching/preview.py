@@ -1,8 +1,23 @@
-"""Pictures of latents without a VAE, by ComfyUI's own linear factors, and its sampling callback."""
+"""What a running node shows: pictures of latents without a VAE, by ComfyUI's own linear factors, progress, text."""
+
+import logging
 
 import latent_preview
 import torch
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def show_text(text: str) -> None:
+    """Put a line into the log and on the node that runs."""
+    logger.info(text)
+    context = get_executing_context()
+    if context is not None:  # a server runs the node
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, context.node_id)
 
 
 def sampling_callback(model_patcher, steps: int):

@@ -54,6 +54,14 @@ def comfy_folders(tmp_path_factory):
     yield base
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk():
+    """Files need not survive a power loss here, and waiting for the disk at each step takes longer than the steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_gradients():
     """ComfyUI runs nodes in inference mode."""

@@ -9,6 +9,8 @@ from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from adaflow_pack.nodes.slim import AdaFlowSlimAttention
 from models import clip_latent, conditioning, small_model
 
+AFRESH = "start afresh"  # a test that runs a thing twice wants it done twice
+
 
 def select(descriptors, mean=0.75, window=0.6, max_clip=400, mode="resample", seed=0, schedule=""):
     return AdaFlowKeyframeSelect.execute(descriptors, mean, window, max_clip, mode, seed, schedule).args[0]
@@ -47,13 +49,16 @@ class Graph:
         self.latent = clip_latent(frames, size) if latent is None else latent
         self.source = source or conditioning(shape, 1)
         self.positive, self.negative = conditioning(shape, 2), conditioning(shape, 3)
-        inverted = AdaFlowDDIMInvert.execute(self.model, self.source, {"samples": self.latent}, steps, "float32")
+        inverted = AdaFlowDDIMInvert.execute(
+            self.model, self.source, {"samples": self.latent}, steps, "float32", resume=AFRESH
+        )
         self.trajectory, self.descriptors, noisiest = inverted.args
         self.noisiest = noisiest["samples"]
 
     def joint(self, plan=None, model=None, steps=None, cfg=3.0, sampler="ddim", scheduler="ddim_uniform", **changes):
         """(edited keyframes, ADAFLOW_EDIT)."""
         settings = {"positive": self.positive, "negative": self.negative, "trajectory": self.trajectory, "shares": None}
+        settings["resume"] = AFRESH
         settings |= changes
         conv, attention = settings["shares"] or (0.8, 0.8)
         keyframes, edit = AdaFlowJointKeyframeEdit.execute(
@@ -69,13 +74,14 @@ class Graph:
             0,
             conv,
             attention,
+            settings["resume"],
         ).args
         return keyframes["samples"], edit
 
-    def edit(self, plan=None, interpolation=False, chunk=0, **changes):
+    def edit(self, plan=None, interpolation=False, chunk=0, resume=AFRESH, **changes):
         """Every frame, edited."""
         _, edit = self.joint(plan, **changes)
-        return AdaFlowTokenPropagate.execute(edit, interpolation, chunk).args[0]["samples"]
+        return AdaFlowTokenPropagate.execute(edit, interpolation, chunk, resume).args[0]["samples"]
 
     def slim(self, budget, plan=None, model=None):
         return AdaFlowSlimAttention.execute(model or self.model, budget, plan).args[0]

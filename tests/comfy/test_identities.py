@@ -5,7 +5,7 @@ import oracles
 import pytest
 import torch
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
-from graph import Graph, each_frame, plain_euler, select
+from graph import AFRESH, Graph, each_frame, plain_euler, select
 from models import SHAPES, clip_latent, small_model
 
 TOLERANCE = 1e-5
@@ -107,8 +107,10 @@ def test_inversion_then_sampling_returns_the_source(shape):
 
 def test_a_trajectory_holds_the_inversion_of_each_frame_alone(sd1):
     """Chunks, batches and conditioning slices leave no mark on a frame's inversion."""
-    alone = AdaFlowDDIMInvert.execute(sd1.model, sd1.source, {"samples": sd1.latent[5:6]}, 4, "float32").args[0]
-    chunked = AdaFlowDDIMInvert.execute(sd1.model, sd1.source, {"samples": sd1.latent}, 4, "float32", 3).args[0]
+    alone = AdaFlowDDIMInvert.execute(
+        sd1.model, sd1.source, {"samples": sd1.latent[5:6]}, 4, "float32", resume=AFRESH
+    ).args[0]
+    chunked = AdaFlowDDIMInvert.execute(sd1.model, sd1.source, {"samples": sd1.latent}, 4, "float32", 3, AFRESH).args[0]
     for level in range(5):
         assert error(alone.level(level)[0], sd1.trajectory.level(level)[5]) < TOLERANCE
         assert error(chunked.level(level), sd1.trajectory.level(level)) < TOLERANCE

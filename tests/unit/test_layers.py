@@ -12,7 +12,7 @@ METHOD = sorted((ROOT / "adaflow").glob("*.py"))
 NODES = sorted((ROOT / "nodes").glob("*.py"))
 PATCHING = sorted((ROOT / "nodes" / "patching").glob("*.py"))
 
-METHOD_LIBRARIES = {"torch", "numpy", "einops", "safetensors", "av", "PIL", "triton"}
+METHOD_LIBRARIES = {"torch", "numpy", "einops", "safetensors", "av", "PIL", "triton", "filelock"}
 COMFY_FOR_NODES = {
     "comfy_api.latest",
     "folder_paths",
@@ -24,7 +24,7 @@ COMFY_FOR_NODES = {
     "node_helpers",
 }
 # Each module of adaflow/ and those it may import: helpers that anyone may use, then the method from the bottom up.
-ANYONE = {"errors", "storage"}
+ANYONE = {"errors", "storage", "runs"}
 ORDER = [
     {"ddim"},
     {"trajectory"},

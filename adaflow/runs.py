@@ -1,0 +1,207 @@
+"""Runs on disk that go on where they were broken off: a folder of safetensors files and a manifest.
+
+A file counts once the manifest names it with its checksum. Files and manifest are synced to the disk and renamed, so
+whatever ends the process, the manifest on disk names whole files only.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .storage import checksum, write_text_durably
+
+logger = logging.getLogger(__name__)
+FORMAT = "adaflow-run-1"
+MANIFEST, LOCK = "manifest.json", "lock"
+MAX_BYTES = 100 * 10**9
+MAX_AGE = 7 * 24 * 3600.0
+_FOLDER = re.compile(r"[a-z]+-[0-9a-f]{16}(-\d+)?")
+
+
+def digest(identity: dict) -> str:
+    """A short hash of plain data."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Run:
+    """One run's folder, locked until this object is closed or dropped; made by :func:`open_run`.
+
+    Attributes:
+        folder: of its files.
+        identity: everything its result depends on, as plain data.
+        progress: what the last :meth:`commit` noted; empty for a run that begins.
+        note: why an earlier state is not taken up, or "".
+    """
+
+    def __init__(self, folder: Path, identity: dict, lock: FileLock):
+        self.folder, self.identity, self._lock = folder, identity, lock
+        self._files: dict[str, str] = {}
+        self.progress: dict = {}
+        self.note = ""
+
+    @property
+    def key(self) -> str:
+        """Names the result: equal for equal identities."""
+        return digest(self.identity)
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def commit(self, added: list[str], dropped: list[str], **progress) -> None:
+        """Note that the files ``added`` are whole, ``dropped`` are needed no more, and how far the run is."""
+        files = {name: value for name, value in self._files.items() if name not in dropped}
+        files |= {name: checksum(self.path(name)) for name in added}
+        manifest = {"format": FORMAT, "identity": self.identity, "files": files, "progress": progress}
+        write_text_durably(self.path(MANIFEST), json.dumps({**manifest, "checksum": digest(manifest)}, indent=1))
+        self._files, self.progress = files, progress
+        for name in dropped:
+            self.path(name).unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """Of the files that count."""
+        return list(self._files)
+
+    def size(self) -> int:
+        """Bytes on disk so far."""
+        return _size(self.folder)
+
+    def close(self) -> None:
+        """Let others use or remove the folder."""
+        self._lock.release()
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Close it when the block raises; what is committed stays."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def take_up(self) -> None:
+        """Read the manifest and check every file it names.
+
+        Raises:
+            ValueError: the state cannot be used; says why.
+        """
+        path = self.path(MANIFEST)
+        if not path.exists():
+            return
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            expected, form = manifest.pop("checksum", None), manifest.get("format")
+        except (AttributeError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError("its manifest is damaged") from error
+        if form != FORMAT:
+            raise ValueError(f"its format is {form}, not {FORMAT}")
+        if digest(manifest) != expected:
+            raise ValueError("its manifest is damaged")
+        if manifest["identity"] != self.identity:
+            raise ValueError("it was made from other inputs")
+        for name, expected in manifest["files"].items():
+            if not self.path(name).is_file() or checksum(self.path(name)) != expected:
+                raise ValueError(f"{name} is missing or damaged")
+        self._files, self.progress = manifest["files"], manifest["progress"]
+        self._remove_strays()
+        os.utime(path)  # used just now, so not old
+
+    def clear(self) -> None:
+        """Remove all that the run has done."""
+        self._files, self.progress = {}, {}
+        self.path(MANIFEST).unlink(missing_ok=True)
+        self._remove_strays()
+
+    def _remove_strays(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name not in (MANIFEST, LOCK, *self._files):
+                path.unlink()
+
+
+def open_run(root: Path, kind: str, identity: dict, afresh: bool = False) -> Run:
+    """Open the run of ``identity`` below ``root``, begun or new, and lock it against every other process.
+
+    Where that folder is in use, by this process or another, the run gets one of its own and begins anew.
+
+    Args:
+        kind: letters, the first part of the folder's name.
+        identity: what the result depends on, as JSON holds it.
+        afresh: forget what was done.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    identity = json.loads(json.dumps(identity))
+    name = f"{kind}-{digest(identity)}"
+    with FileLock(root / LOCK):
+        for number in itertools.count():
+            folder = root / (f"{name}-{number}" if number else name)
+            folder.mkdir(exist_ok=True)
+            lock = FileLock(folder / LOCK, thread_local=False)
+            try:
+                lock.acquire(blocking=False)
+                break
+            except Timeout:
+                continue
+    run = Run(folder, identity, lock)
+    if afresh:
+        run.clear()
+    else:
+        try:
+            run.take_up()
+        except ValueError as error:
+            run.clear()
+            run.note = f"an earlier run was found, but {error}: begins afresh"
+    return run
+
+
+def remove_old_runs(root: Path, needed: int = 0, max_bytes: int = MAX_BYTES, max_age: float = MAX_AGE) -> None:
+    """Make room: remove runs unused for ``max_age`` seconds, and the longest unused ones beyond ``max_bytes`` in all.
+
+    Nothing is touched that is in use, by any process, or that is not a run's folder.
+
+    Args:
+        needed: bytes that are about to be written; more is removed where the disk has not as much free.
+    """
+    if not root.is_dir():
+        return
+    with FileLock(root / LOCK):
+        found = [path for path in root.iterdir() if _FOLDER.fullmatch(path.name) and not path.is_symlink()]
+        ages = {folder: _last_use(folder) for folder in found}
+        total = sum(map(_size, found))
+        for folder in sorted(found, key=ages.get):
+            expired = time.time() - ages[folder] > max_age
+            if not expired and total + needed <= max_bytes and needed <= shutil.disk_usage(root).free:
+                break
+            size = _size(folder)
+            if _remove(folder):
+                total -= size
+                logger.info("AdaFlow: removed the old run %s, %.1f MB", folder.name, size / 1e6)
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a run's folder unless it is in use; call it while holding the root's lock."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    lock.release()
+    shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _last_use(folder: Path) -> float:
+    manifest = folder / MANIFEST
+    return (manifest if manifest.exists() else folder).stat().st_mtime
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,0 +1,110 @@
+"""ComfyUI's samplers made to write down every step and to go on where a run was broken off, with the same bits.
+
+A sampler whose step depends on the latent alone is started again from the latent of the broken step. One with a memory
+of earlier steps is run again from its start, with the model's recorded predictions in place of the model.
+"""
+
+import logging
+from collections.abc import Callable
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...adaflow.runs import Run
+from ...adaflow.storage import SafetensorsReader, save_tensor
+from ...adaflow.trajectory import tensor_bytes
+
+logger = logging.getLogger(__name__)
+ONE_STEP = ("euler", "euler_cfg_pp")  # one call of the model a step, and nothing kept from one step to the next
+
+
+def is_resumable(sampler_name: str) -> bool:
+    """Whether a sampler can go on: a CFG++ sampler with a memory looks into the model as it runs."""
+    return sampler_name in ONE_STEP or "cfg_pp" not in sampler_name
+
+
+def checkpoint_bytes(sampler_name: str, shape, steps: int) -> int:
+    """Bytes on disk of a run over latents of ``shape``: two latents, or a prediction for each step as well."""
+    kept = 2 if sampler_name in ONE_STEP or not is_resumable(sampler_name) else steps + 2
+    return kept * tensor_bytes(shape, torch.float32)
+
+
+def resumable(sampler_name: str, run: Run, chunk: Callable[[dict], int]) -> comfy.samplers.KSAMPLER:
+    """A sampler of ComfyUI that goes on with ``run``, notes every step in it and leaves its result there.
+
+    Args:
+        sampler_name: a deterministic one.
+        chunk: from the sampler's ``extra_args`` to the frames that go through the model at once, to be noted too.
+    """
+    plain = comfy.samplers.sampler_object(sampler_name)
+
+    def function(model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        steps, done = len(sigmas) - 1, run.progress.get("step", 0)
+        if done == steps:
+            return _load(run, "latent").to(x)
+        first = 0
+        if sampler_name in ONE_STEP:
+            first = done
+            x = _load(run, "latent").to(x) if done else x
+            model = _LatentLog(model, run, done, lambda: chunk(extra_args))
+        elif not is_resumable(sampler_name):
+            logger.info("AdaFlow: an edit with %s cannot be resumed: it starts afresh", sampler_name)
+        else:
+            model = _PredictionLog(model, run, sigmas, lambda: chunk(extra_args))
+
+        def shifted(state: dict) -> None:
+            callback({**state, "i": state["i"] + first})
+
+        x = plain.sampler_function(
+            model, x, sigmas[first:], extra_args=extra_args, callback=callback and shifted, disable=disable, **options
+        )
+        _save(run, "latent", steps, x, run.names(), step=steps)
+        return x
+
+    return comfy.samplers.KSAMPLER(function, plain.extra_options, plain.inpaint_options)
+
+
+def _save(run: Run, kind: str, number: int, values: Tensor, dropped: list[str], **progress) -> None:
+    name = f"{kind}_{number:04d}.safetensors"
+    save_tensor(run.path(name), values, torch.float32)
+    run.commit([name], dropped, **{kind: number}, **progress)
+
+
+def _load(run: Run, kind: str, number: int | None = None) -> Tensor:
+    number = run.progress[kind] if number is None else number
+    return SafetensorsReader(run.path(f"{kind}_{number:04d}.safetensors")).read("x", slice(None)).clone()
+
+
+class _LatentLog:
+    """Stands for the model: notes the latent with which each step begins."""
+
+    def __init__(self, model, run: Run, step: int, chunk: Callable[[], int]):
+        self.inner_model, self._model = model.inner_model, model
+        self._run, self._step, self._chunk = run, step, chunk
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+        run = self._run
+        if self._step > run.progress.get("step", 0):
+            _save(run, "latent", self._step, x, run.names(), step=self._step, chunk=self._chunk())
+        self._step += 1
+        return self._model(x, sigma, **kwargs)
+
+
+class _PredictionLog:
+    """Stands for the model: notes each prediction, and gives those that were noted in place of new ones."""
+
+    def __init__(self, model, run: Run, sigmas: Tensor, chunk: Callable[[], int]):
+        self.inner_model, self._model = model.inner_model, model
+        self._run, self._sigmas, self._chunk = run, sigmas, chunk
+        self._call, self._recorded = 0, run.progress.get("prediction", 0)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+        self._call += 1
+        if self._call <= self._recorded:
+            return _load(self._run, "prediction", self._call).to(x)
+        out = self._model(x, sigma, **kwargs)
+        reached = int((self._sigmas[:-1] >= sigma[0] * (1 - 1e-4)).sum())
+        step = min(reached, len(self._sigmas) - 2)  # the last one is done with the result alone
+        _save(self._run, "prediction", self._call, out, [], step=step, chunk=self._chunk())
+        return out

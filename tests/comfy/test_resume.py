@@ -1,0 +1,229 @@
+"""A run that was broken off goes on after its last whole step and ends with the bits of an unbroken one."""
+
+import gc
+import logging
+from contextlib import contextmanager
+
+import comfy.model_management
+import pytest
+import torch
+from adaflow_pack.adaflow.runs import remove_old_runs
+from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
+from adaflow_pack.nodes.patching.fingerprint import model_fingerprint
+from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
+from graph import AFRESH, Graph, select
+from models import clip_latent, small_model
+
+FRAMES, STEPS = 5, 4
+
+
+class Boom(Exception):
+    """Whatever ends a run."""
+
+
+@pytest.fixture(scope="module")
+def graph():
+    with torch.inference_mode():
+        yield Graph("sd1", FRAMES, steps=STEPS)
+
+
+@contextmanager
+def forwards(model, at: int = 0, action=None):
+    """Count the forwards of a model's UNet, in the list that is given; before the ``at``-th, run ``action``."""
+    unet, calls = model.model.diffusion_model, []
+    original = unet._forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at:
+            action()
+        return original(*args, **kwargs)
+
+    unet._forward = counted
+    try:
+        yield calls
+    finally:
+        del unet._forward
+
+
+def boom():
+    raise Boom
+
+
+def cancel():
+    comfy.model_management.interrupt_current_processing(True)
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+ENDS = {"an error": (boom, Boom), "Cancel": (cancel, comfy.model_management.InterruptProcessingException)}
+
+
+def invert(graph, resume="resume", model=None, latent=None, source=None, precision="float16", chunk=2):
+    """All that an inversion gives, as tensors."""
+    latent = graph.latent if latent is None else latent
+    inverted = AdaFlowDDIMInvert.execute(
+        model or graph.model, source or graph.source, {"samples": latent}, STEPS, precision, chunk, resume
+    )
+    trajectory, descriptors, noisiest = inverted.args
+    levels = [trajectory.level(level) for level in range(STEPS + 1)]
+    return [*levels, descriptors.maps(list(range(FRAMES))), descriptors.slice_rgb(), noisiest["samples"]]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+PER_STEP = -(-FRAMES // 2)  # forwards of an inversion step, two frames at a time
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("at", [1, 2, 4, 7, 8, 12])
+def test_an_inversion_goes_on_after_its_last_whole_step(graph, at, end, caplog):
+    action, error = ENDS[end]
+    with forwards(graph.model) as calls:
+        whole = invert(graph, AFRESH)
+    assert len(calls) == STEPS * PER_STEP
+    with pytest.raises(error), forwards(graph.model, at, action):
+        invert(graph, AFRESH)
+    done = (at - 1) // PER_STEP
+    with forwards(graph.model) as calls, caplog.at_level(logging.INFO):
+        assert same(invert(graph), whole)
+    assert len(calls) == (STEPS - done) * PER_STEP  # the broken step is all that was done twice
+    assert (f"resumed after step {done} of {STEPS}" in caplog.text) == (done > 0)
+
+
+def test_an_inversion_that_breaks_again_and_again_ends_the_same(graph):
+    whole = invert(graph, AFRESH)
+    gc.collect()
+    with pytest.raises(Boom), forwards(graph.model, 5, boom):
+        invert(graph, AFRESH)
+    for _ in range(2):
+        with pytest.raises(Boom), forwards(graph.model, 4, boom):
+            invert(graph)
+    assert same(invert(graph), whole)
+
+
+def test_a_finished_inversion_is_read_and_a_switch_does_it_again(graph):
+    whole = invert(graph, AFRESH)
+    with forwards(graph.model) as calls:
+        assert same(invert(graph), whole)
+        assert not calls
+        assert same(invert(graph, AFRESH), whole)
+        assert len(calls) == STEPS * PER_STEP
+
+
+def lora(model, strength):
+    """A clone with one weight changed by a patch, as a LoRA does."""
+    clone = model.clone()
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    shape = clone.model_state_dict()[key].shape
+    clone.add_patches({key: (torch.ones(shape),)}, strength)
+    return clone
+
+
+def with_patch(model, strength):
+    """A clone with a patch that closes over a number, as FreeU does."""
+    clone = model.clone()
+    clone.set_model_output_block_patch(lambda h, skip, options: (h * strength, skip))
+    return clone
+
+
+def clip_with_one_other_value():
+    latent = clip_latent(FRAMES)
+    latent[FRAMES - 2, 3, 7, 11] += 1e-3
+    return latent
+
+
+OTHERS = {
+    "the model again": (lambda g: {"model": small_model("sd1", 0)}, True),
+    "another checkpoint": (lambda g: {"model": small_model("sd1", 1)}, False),
+    "a LoRA": (lambda g: {"model": lora(g.model, 0.5)}, False),
+    "another patch": (lambda g: {"model": with_patch(g.model, 1.01)}, False),
+    "another clip": (lambda g: {"latent": clip_with_one_other_value()}, False),
+    "another prompt": (lambda g: {"source": g.positive}, False),
+    "float32": (lambda g: {"precision": "float32"}, False),
+    "another chunk": (lambda g: {"chunk": 3}, True),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_only_the_same_inputs_go_on(graph, change, comfy_folders):
+    make, goes_on = OTHERS[change]
+    changes = make(graph)
+    remove_old_runs(comfy_folders / "output" / "adaflow_runs", max_age=-1.0)
+    with pytest.raises(Boom), forwards(graph.model, 2 * PER_STEP + 1, boom):
+        invert(graph)
+    with forwards(changes.get("model", graph.model)) as calls:
+        invert(graph, **changes)
+    assert len(calls) == (STEPS - 2 * goes_on) * -(-FRAMES // changes.get("chunk", 2))
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.6])
+def test_a_patched_model_is_the_same_one_tomorrow(graph, strength):
+    """Fingerprints hold for equal patches made anew, and while the patches are loaded into the weights."""
+    first = model_fingerprint(lora(with_patch(graph.model, strength), 0.5))
+    again = lora(with_patch(small_model("sd1", 0), strength), 0.5)
+    assert model_fingerprint(again) == first
+    comfy.model_management.load_models_gpu([again])
+    assert model_fingerprint(again) == first
+    assert len({first, *(model_fingerprint(lora(with_patch(graph.model, strength), s)) for s in (0.49, 0.51))}) == 3
+
+
+def propagate(edit, resume="resume"):
+    return AdaFlowTokenPropagate.execute(edit, True, 2, resume).args[0]["samples"]
+
+
+SAMPLERS = ["ddim", "heun", "dpm_2", "lms", "dpmpp_2m", "uni_pc", "deis", "gradient_estimation", "euler_cfg_pp"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_edit_goes_on_after_its_last_whole_step(graph, sampler, caplog):
+    _, edit = graph.joint(sampler=sampler)
+    with forwards(graph.model) as calls:
+        whole = propagate(edit, AFRESH)
+    total = len(calls)
+    for share in (0.3, 0.8):
+        at = int(share * total)
+        with pytest.raises(Boom), forwards(graph.model, at, boom):
+            propagate(edit, AFRESH)
+        caplog.clear()
+        with forwards(graph.model) as calls, caplog.at_level(logging.INFO):
+            assert torch.equal(propagate(edit), whole)
+        assert len(calls) <= total - at + 1 + total // STEPS  # at most one step was done twice
+        assert "resumed after step" in caplog.text
+    with forwards(graph.model) as calls:
+        assert torch.equal(propagate(edit), whole)
+        assert not calls
+
+
+def test_a_sampler_that_cannot_go_on_starts_afresh_and_says_so(graph, caplog):
+    _, edit = graph.joint(sampler="res_multistep_cfg_pp")
+    with pytest.raises(Boom), forwards(graph.model, 9, boom):
+        propagate(edit, AFRESH)
+    with caplog.at_level(logging.INFO):
+        resumed = propagate(edit)
+    assert "res_multistep_cfg_pp cannot be resumed" in caplog.text
+    assert torch.equal(resumed, propagate(edit, AFRESH))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"cfg": 3.5}, {"shares": (0.5, 0.8)}, {"scheduler": "normal"}, {"steps": STEPS - 1}, {"plan": 1}]
+)
+def test_another_edit_starts_afresh(graph, changes):
+    _, edit = graph.joint()
+    with pytest.raises(Boom), forwards(graph.model, 9, boom):
+        propagate(edit, AFRESH)
+    if "plan" in changes:
+        changes = {"plan": select(graph.descriptors, seed=1)}
+    _, other = graph.joint(**changes)
+    assert not torch.equal(propagate(other), propagate(edit))
+    assert torch.equal(propagate(other), propagate(other, AFRESH))
+
+
+def test_the_preview_of_the_keyframes_goes_on(graph):
+    whole, _ = graph.joint()
+    with pytest.raises(Boom), forwards(graph.model, 5, boom):
+        graph.joint()
+    with forwards(graph.model) as calls:
+        assert torch.equal(graph.joint(resume="resume")[0], whole)
+    assert len(calls) < 2 * STEPS
