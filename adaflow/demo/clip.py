@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from .layout import DRIFT
-from .scene import Scene, generator
+from .layout import DRIFT, generator
+from .scene import Scene
 from .world import Rendered, flow, render
 
-_CLIP_DRAWS = 3
 _FASTEST = 0.25  # of a random pan past an object, picture heights a second
 
 
@@ -61,7 +60,7 @@ class Clip:
         Where an object moves on, the camera may follow it; in the other shots the camera pans past or stands still.
         """
         require(1 <= shots <= frames, "Clip", "shots", shots, f"1 to {frames}, the number of frames")
-        draws = generator(seed, _CLIP_DRAWS)
+        draws = generator(seed, "clip")
         scene = replace(Scene.random(seed), **attributes)
         made = []
         for length in _lengths(draws, frames, shots):

@@ -95,13 +95,18 @@ _KINDS = {
 _STANDING = 0.04  # a car slower than this stands still
 _THIN = 0.025  # a foreground lower than this is left out
 _NAMES = (*_COMMON, "width", "tallness", "base")
-_LAYOUT_DRAWS = 0
+_USES = ("layout", "attributes", "view", "clip")
+
+
+def generator(seed: int, use: str) -> np.random.Generator:
+    """The random numbers of one use of a seed; no use shares numbers with another."""
+    return np.random.Generator(np.random.Philox(key=[seed, _USES.index(use)]))
 
 
 @lru_cache(maxsize=4096)
 def measures(seed: int, kind: str) -> dict[str, float]:
     """All numbers of a scene by name; those that the kind does not touch depend on the seed alone."""
-    draws = np.random.Generator(np.random.Philox(key=[seed, _LAYOUT_DRAWS])).random(len(_NAMES))
+    draws = generator(seed, "layout").random(len(_NAMES))
     limits = _COMMON | _KINDS[kind]
     values = {
         name: limits[name][0] + (limits[name][1] - limits[name][0]) * float(draw)

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..errors import require, require_one_of
-from .layout import DRIFT, measures
+from .layout import DRIFT, generator, measures
 
 KINDS = ("car", "boat", "ball", "balloon", "house")
 COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
@@ -24,12 +22,6 @@ _PLACES = {
     "house": "on a meadow",
 }
 _WHEN = {"day": "by day", "sunset": "at sunset", "night": "at night"}
-_ATTRIBUTE_DRAWS, _VIEW_DRAWS = 1, 2
-
-
-def generator(seed: int, use: int) -> np.random.Generator:
-    """The random numbers of one use of a seed."""
-    return np.random.Generator(np.random.Philox(key=[seed, use]))
 
 
 @dataclass(frozen=True)
@@ -61,12 +53,12 @@ class Scene:
     @classmethod
     def random(cls, seed: int) -> "Scene":
         """A scene whose attributes are drawn from the seed as well; the style is any of STYLES."""
-        draws = generator(seed, _ATTRIBUTE_DRAWS)
+        draws = generator(seed, "attributes")
         return cls(seed, **{name: options[draws.integers(len(options))] for name, options in ATTRIBUTES.items()})
 
     def random_view(self, seed: int) -> tuple[float, float]:
         """A camera position (picture heights) and a clock (seconds) that show the object wholly inside the picture."""
-        draws = generator(seed, _VIEW_DRAWS)
+        draws = generator(seed, "view")
         clock = float(draws.uniform(0, 60))
         return self.follow(clock) + float(draws.uniform(-DRIFT, DRIFT)), clock
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import require
 from .canvas import Canvas
+from .filters import apply_style
 from .layout import Layer, Layout
 from .objects import paint_object, paint_shadow
 from .scene import Scene
@@ -123,8 +124,6 @@ def _paint(scenes: list[Scene], camera: Tensor, clock: Tensor, height: int, widt
 def _in_style(scenes: Sequence[Scene], images: Tensor) -> Tensor:
     """Each picture in its scene's style."""
     for style in sorted({scene.style for scene in scenes} - {"photo"}):
-        from .filters import apply_style
-
         rows = [i for i, scene in enumerate(scenes) if scene.style == style]
         images[rows] = apply_style(images[rows], style)
     return images

@@ -99,6 +99,18 @@ def test_changing_one_attribute_changes_no_geometry(rng, attribute):
         assert min(float(difference[i][land[i]].mean()) for i in range(len(scenes))) > 0.04
 
 
+def test_a_style_changes_the_picture_and_not_the_layers_in_a_mixed_batch_too(rng):
+    photos = scenes_of(rng, len(STYLES) - 1)
+    styled = [replace(scene, style=style) for scene, style in zip(photos, STYLES[1:], strict=True)]
+    camera, clock = views(photos)
+    before, after = render(photos, camera, clock, *SIZE), render(styled, camera, clock, *SIZE)
+    assert torch.equal(before.layers, after.layers)
+    assert (before.images - after.images).abs().mean(dim=(1, 2, 3)).min() > 0.01
+    for i, scene in enumerate(styled):
+        alone = render([scene], camera[i : i + 1], clock[i : i + 1], *SIZE)
+        assert (alone.images[0] - after.images[i]).abs().mean() < 1e-3, scene
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_colour_named_is_the_colour_seen(rng, kind):
     scenes = [
