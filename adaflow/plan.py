@@ -123,9 +123,18 @@ class EditPlan:
         rows = {key: self._matches.get(key) for key in keys}
         for keyframe in dict.fromkeys(keyframes):
             missing = [frame for (frame, of, _, _), row in rows.items() if of == keyframe and row is None]
-            for start in range(0, len(missing), MATCH_FRAMES):
-                rows |= self._match(missing[start : start + MATCH_FRAMES], keyframe, size, area)
+            for group in dict.fromkeys(map(self._group, missing)):
+                rows |= self._match(list(group), keyframe, size, area)
         return torch.stack([rows[key] for key in keys])
+
+    def _group(self, frame: int) -> range:
+        """The frames that are matched along with one.
+
+        They depend on the frame alone, not on what was matched before: a resumed run finds the bits of an unbroken one.
+        """
+        start, stop = self.clips.bounds(self.clips.of(frame))
+        start += (frame - start) // MATCH_FRAMES * MATCH_FRAMES
+        return range(start, min(start + MATCH_FRAMES, stop))
 
     def _match(self, frames: list[int], keyframe: int, size: Size, area: Area | None) -> dict[tuple, Tensor]:
         """Match frames at every resolution, their descriptors read once, and keep all; returns those of ``size``."""

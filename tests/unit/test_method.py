@@ -8,6 +8,7 @@ from adaflow_pack.adaflow.attention import extended_attention, frame_attention
 from adaflow_pack.adaflow.correspondence import index_dtype, nearest_tokens
 from adaflow_pack.adaflow.ddim import bracket, ddim_timesteps, inversion_step, sigma_to_mu
 from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
+from adaflow_pack.adaflow.plan import EditPlan
 from adaflow_pack.adaflow.propagation import blend_weight, gather_outputs
 from adaflow_pack.adaflow.slimming import select_kv, select_tokens, token_importance
 from torch.nn.functional import normalize
@@ -71,6 +72,36 @@ def test_tiled_matching_equals_the_oracle(rng, tile):
     for frame in range(3):
         assert torch.equal(index[frame], oracles.nearest(query[frame], key[frame]))
         assert oracles.relative_error(similarity[frame], (query[frame] @ key[frame].T).max(1).values) < TOLERANCE
+
+
+class DescriptorsInMemory:
+    """Stands for Descriptors: random maps (frames, channels, height, width), and which frames were read together."""
+
+    def __init__(self, rng, frames, size):
+        self.frames, self.reads = frames, []
+        self._maps = normalize(torch.randn(frames, 8, *size, generator=rng), dim=1)
+
+    def maps(self, frames, area=None, device=None):
+        self.reads.append(tuple(frames))
+        return self._maps[frames]
+
+
+def test_frames_are_matched_in_the_same_groups_whatever_was_matched_before(rng):
+    """A run that goes on asks in another order than an unbroken one, and a batch's size may change last bits."""
+    clips, keyframes, asked = Clips((0, 3, 26), 40), (1, 20, 33), []
+    for order in (list(range(40)), torch.randperm(40, generator=rng).tolist()):
+        descriptors = DescriptorsInMemory(rng, 40, (4, 6))
+        plan = EditPlan(descriptors, clips, KeyframeDraws())
+        found = {}
+        for start in range(0, 40, 7):
+            frames = order[start : start + 7]
+            own = tuple(keyframes[clips.of(frame)] for frame in frames)
+            found |= dict(zip(frames, plan.matches(frames, own, (4, 6)), strict=True))
+        asked.append({read for read in descriptors.reads if len(read) > 1})
+        for frame in (0, 19, 39):
+            tokens = descriptors._maps[[frame, keyframes[clips.of(frame)]]].flatten(2).transpose(1, 2).double()
+            assert torch.equal(found[frame].long(), oracles.nearest(tokens[0], tokens[1]))
+    assert asked[0] == asked[1]
 
 
 def test_index_types_hold_their_tokens():
