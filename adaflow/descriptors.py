@@ -109,7 +109,12 @@ class Descriptors:
         Args:
             frames: frame numbers.
             area: part of the latent to cut out; all of it by default.
+
+        Raises:
+            DamagedRunError: their file is not what the inversion wrote.
         """
+        if self.run is not None:
+            self.run.checked(self.path.name)
         runs = frames if len(frames) != frames[-1] - frames[0] + 1 else slice(frames[0], frames[-1] + 1)
         maps = self._reader.read("descriptors", runs).to(device)
         if area is not None:

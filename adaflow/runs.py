@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,11 @@ MANIFEST, LOCK = "manifest.json", "lock"
 MAX_BYTES = 100 * 10**9
 MAX_AGE = 7 * 24 * 3600.0
 _FOLDER = re.compile(r"[a-z]+-[0-9a-f]{16}(-\d+)?")
+_open_here: "weakref.WeakValueDictionary[Path, Run]" = weakref.WeakValueDictionary()
+
+
+class DamagedRunError(RuntimeError):
+    """A file of a run that is in use is gone, or is not what was written."""
 
 
 def digest(identity: dict) -> str:
@@ -46,8 +52,14 @@ class Run:
     def __init__(self, folder: Path, identity: dict, lock: FileLock):
         self.folder, self.identity, self._lock = folder, identity, lock
         self._files: dict[str, str] = {}
+        self._marks: dict[str, tuple] = {}
         self.progress: dict = {}
         self.note = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether a commit said that all is done, so that nothing is written any more."""
+        return self.progress.get("finished", False)
 
     @property
     def key(self) -> str:
@@ -64,8 +76,33 @@ class Run:
         manifest = {"format": FORMAT, "identity": self.identity, "files": files, "progress": progress}
         write_text_durably(self.path(MANIFEST), json.dumps({**manifest, "checksum": digest(manifest)}, indent=1))
         self._files, self.progress = files, progress
+        self._marks |= {name: self._mark(name) for name in added}
         for name in dropped:
             self.path(name).unlink(missing_ok=True)
+
+    def checked(self, name: str) -> Path:
+        """Path of a file that counts, to read it. Where it was touched since the last time, its checksum is taken anew.
+
+        Raises:
+            DamagedRunError: it is gone, or its checksum is another.
+        """
+        try:
+            mark = self._mark(name)
+            whole = mark == self._marks.get(name) or checksum(self.path(name)) == self._files.get(name)
+        except OSError:
+            whole = False
+        if not whole:
+            raise DamagedRunError(
+                f"AdaFlow: {name} in {self.folder} is missing or damaged: something other than AdaFlow changed it. Set "
+                "resume to 'start afresh' in AdaFlow DDIM Invert and queue again"
+            )
+        self._marks[name] = mark
+        return self.path(name)
+
+    def _mark(self, name: str) -> tuple:
+        """What changes when somebody touches a file."""
+        status = self.path(name).stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def names(self) -> list[str]:
         """Of the files that count."""
@@ -112,12 +149,21 @@ class Run:
             if not self.path(name).is_file() or checksum(self.path(name)) != expected:
                 raise ValueError(f"{name} is missing or damaged")
         self._files, self.progress = manifest["files"], manifest["progress"]
+        self._marks = {name: self._mark(name) for name in self._files}
         self._remove_strays()
         os.utime(path)  # used just now, so not old
 
+    def is_sound(self) -> bool:
+        """Whether all that was committed still stands on the disk as it was."""
+        try:
+            self.take_up()
+        except ValueError:
+            return False
+        return self.path(MANIFEST).exists()
+
     def clear(self) -> None:
         """Remove all that the run has done."""
-        self._files, self.progress = {}, {}
+        self._files, self._marks, self.progress = {}, {}, {}
         self.path(MANIFEST).unlink(missing_ok=True)
         self._remove_strays()
 
@@ -130,7 +176,8 @@ class Run:
 def open_run(root: Path, kind: str, identity: dict, afresh: bool = False) -> Run:
     """Open the run of ``identity`` below ``root``, begun or new, and lock it against every other process.
 
-    Where that folder is in use, by this process or another, the run gets one of its own and begins anew.
+    Where that folder is in use, by this process or another, the run gets one of its own and begins anew; a finished run
+    that this process has open is given again.
 
     Args:
         kind: letters, the first part of the folder's name.
@@ -149,8 +196,10 @@ def open_run(root: Path, kind: str, identity: dict, afresh: bool = False) -> Run
                 lock.acquire(blocking=False)
                 break
             except Timeout:
-                continue
-    run = Run(folder, identity, lock)
+                same = _open_here.get(folder)
+                if same is not None and same.finished and not afresh and same.is_sound():
+                    return same
+    run = _open_here[folder] = Run(folder, identity, lock)
     if afresh:
         run.clear()
     else:

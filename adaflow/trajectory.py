@@ -95,7 +95,8 @@ class TrajectoryWriter:
         save_tensor(self.run.path(_name(level)), x, self.dtype)
         save_tensor(self.run.path(_state_name(level)), x, torch.float32)
         added = [_name(level), _state_name(level), *also]
-        self.run.commit(added, [_state_name(old)] if level else [], level=level, chunk=chunk)
+        dropped, finished = [_state_name(old)] if level else [], level == self.levels - 1
+        self.run.commit(added, dropped, level=level, chunk=chunk, finished=finished)
 
 
 class Trajectory:
@@ -127,8 +128,12 @@ class Trajectory:
         return len(self.sigmas) - 1
 
     def level(self, level: int, frames: list[int] | slice = slice(None)) -> Tensor:
-        """VP latents of ``frames`` at one level, float32."""
-        return SafetensorsReader(self.run.path(_name(level))).read("x", frames).to(torch.float32, copy=True)
+        """VP latents of ``frames`` at one level, float32.
+
+        Raises:
+            DamagedRunError: its file is not what the inversion wrote.
+        """
+        return SafetensorsReader(self.run.checked(_name(level))).read("x", frames).to(torch.float32, copy=True)
 
     def at(self, sigma: float, frames: list[int] | slice = slice(None)) -> Tensor:
         """VE latents of ``frames`` at any noise level, float32.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.runs import Run, open_run, remove_old_runs
-from .patching.preview import show_text
+from .patching.preview import NodeText
 
 logger = logging.getLogger(__name__)
 RESUME = ["resume", "start afresh"]
@@ -94,12 +94,13 @@ def resume_input() -> io.Combo.Input:
     )
 
 
-def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume: str) -> Run:
+def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume: str, text: NodeText) -> Run:
     """The run on disk of these inputs, begun or new, once there is room for the rest of it. Older runs make room.
 
     Args:
         size_bytes: of the whole run on disk.
         resume: one of ``RESUME``.
+        text: told when an earlier run is there and cannot be gone on with.
 
     Raises:
         InputError: there is no room; ``resume`` is none of ``RESUME``.
@@ -108,7 +109,7 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
     folder = Path(folder_paths.get_output_directory()) / "adaflow_runs"
     run = open_run(folder, kind, identity, afresh=resume != RESUME[0])
     if run.note:
-        logger.warning("%s: %s", where, run.note)
+        text.put("resume", run.note)
     left = max(0, size_bytes - run.size())
     with run.closed_on_error():
         remove_old_runs(folder, left)
@@ -118,11 +119,12 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
 
 def sample_edit(edit, settings, frames: tuple[int, ...], where: str, resume: str) -> Tensor:
     """Sample some frames of an :class:`Edit`, going on with a run of the same inputs; see its ``sample``."""
+    text = NodeText(where)
     with disk_errors_explained(where):
-        run = resumable_run("edit", edit.identity(settings, frames), edit.checkpoint_bytes(frames), where, resume)
+        run = resumable_run("edit", edit.identity(settings, frames), edit.checkpoint_bytes(frames), where, resume, text)
         with run.closed_on_error():
             if run.progress:
-                show_text(f"{where}: resumed after step {run.progress['step']} of {edit.steps}")
+                text.put("resume", f"resumed after step {run.progress['step']} of {edit.steps}")
             samples = edit.sample(settings, where, frames, run)
         run.close()
     return samples

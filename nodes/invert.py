@@ -27,7 +27,7 @@ from .common import (
 from .patching.families import model_signature, unet_family
 from .patching.fingerprint import fingerprint, model_fingerprint
 from .patching.inversion import descriptor_channels, inversion_sigmas, invert
-from .patching.preview import latent_rgb, sampling_callback, show_text
+from .patching.preview import NodeText, latent_rgb, sampling_callback
 from .types import CATEGORY
 from .types import Descriptors as DescriptorsType
 from .types import Trajectory as TrajectoryType
@@ -93,16 +93,17 @@ class AdaFlowDDIMInvert(io.ComfyNode):
         require(samples.shape[1] == channels, where, "latent", f"of {samples.shape[1]} channels", f"{channels}")
         require(len(source) > 0, where, "source", "empty", "an encoded prompt")
         require_one_of(precision, PRECISIONS, where, "precision")
+        text = NodeText(where)
         with disk_errors_explained(where):
-            run = _open(model, source, samples, steps, PRECISIONS[precision], where, resume)
+            run = _open(model, source, samples, steps, PRECISIONS[precision], where, resume, text)
             with run.closed_on_error():
-                noisiest = _invert(model, source, samples, steps, run, chunk, where)
+                noisiest = _invert(model, source, samples, steps, run, chunk, where, text)
                 trajectory, descriptors = Trajectory(run), Descriptors(run.path(DESCRIPTORS), run)
         trajectory.source, trajectory.noise_mask = source, latent.get("noise_mask")
         return io.NodeOutput(trajectory, descriptors, {**latent, "samples": noisiest})
 
 
-def _open(model, source, samples: Tensor, steps: int, dtype: torch.dtype, where: str, resume: str) -> Run:
+def _open(model, source, samples: Tensor, steps: int, dtype, where: str, resume: str, text: NodeText) -> Run:
     """The run of these inputs, once there is room for it."""
     sigmas, signature = inversion_sigmas(model, steps), model_signature(model, where)
     identity = trajectory_identity(
@@ -116,15 +117,15 @@ def _open(model, source, samples: Tensor, steps: int, dtype: torch.dtype, where:
     )
     features = (samples.shape[0], descriptor_channels(model, where), *samples.shape[2:])
     size = trajectory_bytes(samples.shape, len(sigmas), dtype) + tensor_bytes(features, dtype)
-    return resumable_run("inversion", identity, size, where, resume)
+    return resumable_run("inversion", identity, size, where, resume, text)
 
 
-def _invert(model, source, samples: Tensor, steps: int, run: Run, chunk: int, where: str) -> Tensor:
+def _invert(model, source, samples: Tensor, steps: int, run: Run, chunk: int, where: str, text) -> Tensor:
     """Do what the run has not done yet; returns the noisiest latent."""
     trajectory, descriptors = TrajectoryWriter(run), None
     total = trajectory.levels - 1
     if trajectory.level > 0:
-        show_text(f"{where}: resumed after step {trajectory.level} of {total}")
+        text.put("resume", f"resumed after step {trajectory.level} of {total}")
     else:
         identity = run.identity
         shape = (samples.shape[0], descriptor_channels(model, where), *samples.shape[2:])

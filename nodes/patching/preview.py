@@ -10,14 +10,26 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def show_text(text: str) -> None:
-    """Put a line into the log and on the node that runs."""
-    logger.info(text)
-    context = get_executing_context()
-    if context is not None:  # a server runs the node
-        from server import PromptServer
+class NodeText:
+    """Lines that stand on the node that runs, each of which goes into the log too.
 
-        PromptServer.instance.send_progress_text(text, context.node_id)
+    Args:
+        where: the node, for the log.
+    """
+
+    def __init__(self, where: str):
+        self._where = where
+        self._lines: dict[str, str] = {}
+
+    def put(self, topic: str, line: str) -> None:
+        """Add a line, or put it in place of the one about the same topic."""
+        logger.info("%s: %s", self._where, line)
+        self._lines[topic] = line
+        context = get_executing_context()
+        if context is not None:  # a server runs the node
+            from server import PromptServer
+
+            PromptServer.instance.send_progress_text("\n".join(self._lines.values()), context.node_id)
 
 
 def sampling_callback(model_patcher, steps: int):

@@ -2,7 +2,6 @@
 
 import gc
 import logging
-from contextlib import contextmanager
 
 import comfy.model_management
 import pytest
@@ -11,51 +10,17 @@ from adaflow_pack.adaflow.runs import remove_old_runs
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.patching.fingerprint import model_fingerprint
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
+from broken_runs import ENDS, Boom, boom, forwards
 from graph import AFRESH, Graph, select
 from models import clip_latent, small_model
 
 FRAMES, STEPS = 5, 4
 
 
-class Boom(Exception):
-    """Whatever ends a run."""
-
-
 @pytest.fixture(scope="module")
 def graph():
     with torch.inference_mode():
         yield Graph("sd1", FRAMES, steps=STEPS)
-
-
-@contextmanager
-def forwards(model, at: int = 0, action=None):
-    """Count the forwards of a model's UNet, in the list that is given; before the ``at``-th, run ``action``."""
-    unet, calls = model.model.diffusion_model, []
-    original = unet._forward
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == at:
-            action()
-        return original(*args, **kwargs)
-
-    unet._forward = counted
-    try:
-        yield calls
-    finally:
-        del unet._forward
-
-
-def boom():
-    raise Boom
-
-
-def cancel():
-    comfy.model_management.interrupt_current_processing(True)
-    comfy.model_management.throw_exception_if_processing_interrupted()
-
-
-ENDS = {"an error": (boom, Boom), "Cancel": (cancel, comfy.model_management.InterruptProcessingException)}
 
 
 def invert(graph, resume="resume", model=None, latent=None, source=None, precision="float16", chunk=2):
@@ -128,8 +93,13 @@ def with_patch(model, strength):
     return clone
 
 
+def own_clip():
+    """A clip that nothing else here inverts."""
+    return clip_latent(FRAMES, seed=5)
+
+
 def clip_with_one_other_value():
-    latent = clip_latent(FRAMES)
+    latent = own_clip()
     latent[FRAMES - 2, 3, 7, 11] += 1e-3
     return latent
 
@@ -152,9 +122,9 @@ def test_only_the_same_inputs_go_on(graph, change, comfy_folders):
     changes = make(graph)
     remove_old_runs(comfy_folders / "output" / "adaflow_runs", max_age=-1.0)
     with pytest.raises(Boom), forwards(graph.model, 2 * PER_STEP + 1, boom):
-        invert(graph)
+        invert(graph, latent=own_clip())
     with forwards(changes.get("model", graph.model)) as calls:
-        invert(graph, **changes)
+        invert(graph, **{"latent": own_clip(), **changes})
     assert len(calls) == (STEPS - 2 * goes_on) * -(-FRAMES // changes.get("chunk", 2))
 
 

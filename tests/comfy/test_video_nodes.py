@@ -31,9 +31,9 @@ LOAD = {"first_frame": 0, "frame_count": 0, "stride": 1, "size": 0, "multiple": 
 SAVE = {"fps": 0.0, "codec": "h264", "quality": 10, "filename_prefix": "video/test"}
 
 
-def write_clip(path: Path, frames: int = 12, size=(32, 24), sound: bool = True) -> Path:
+def write_clip(path: Path, frames: int = 12, size=(32, 24), sound: bool = True, seed: int = 0) -> Path:
     """A noise clip with a tone."""
-    pictures = np.random.default_rng(0).integers(0, 255, (frames, *size[::-1], 3), dtype=np.uint8)
+    pictures = np.random.default_rng(seed).integers(0, 255, (frames, *size[::-1], 3), dtype=np.uint8)
     with av.open(str(path), "w") as output:
         stream = output.add_stream("libx264", rate=10, options={"crf": "10"})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"

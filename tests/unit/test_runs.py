@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from adaflow_pack.adaflow import runs, storage
-from adaflow_pack.adaflow.runs import FORMAT, MANIFEST, Run, open_run, remove_old_runs
+from adaflow_pack.adaflow.runs import FORMAT, MANIFEST, DamagedRunError, Run, open_run, remove_old_runs
 from adaflow_pack.adaflow.storage import SafetensorsReader, SafetensorsWriter, save_tensor
 
 ME = {"steps": 3, "sigma": 0.1 + 0.2}
@@ -172,6 +172,39 @@ def test_a_run_is_free_when_its_owner_is_dropped_or_closed(tmp_path):
     with pytest.raises(KeyError), third.closed_on_error():
         raise KeyError
     assert open_run(tmp_path, "edit", ME).folder == name
+
+
+def test_a_finished_run_is_shared_in_its_process_while_it_is_sound(tmp_path):
+    run = open_run(tmp_path, "edit", ME)
+    step(run, 1, torch.zeros(2))
+    assert open_run(tmp_path, "edit", ME) is not run  # it may still be written to
+    run.commit([], [], step=1, finished=True)
+    assert open_run(tmp_path, "edit", ME) is run
+    anew = open_run(tmp_path, "edit", ME, afresh=True)
+    assert anew.folder != run.folder and anew.progress == {}
+    anew.close()
+    run.path(MANIFEST).rename(tmp_path / "aside")
+    assert open_run(tmp_path, "edit", ME) is not run
+    (tmp_path / "aside").rename(run.path(MANIFEST))
+    assert open_run(tmp_path, "edit", ME) is run
+    flip(run.path("1.safetensors"))
+    other = open_run(tmp_path, "edit", ME)
+    assert other is not run and other.progress == {} and run.path("1.safetensors").exists()
+
+
+def test_a_file_touched_by_others_is_noticed_when_it_is_read(tmp_path):
+    run = open_run(tmp_path, "edit", ME)
+    step(run, 1, torch.randn(50))
+    path = run.checked("1.safetensors")
+    assert path == run.path("1.safetensors")
+    path.write_bytes(path.read_bytes())  # the same again
+    assert run.checked("1.safetensors") == path
+    for damage in (flip, lambda file: os.truncate(file, 20), os.unlink):
+        damage(path)
+        with pytest.raises(DamagedRunError, match=r"1\.safetensors in .* is missing or damaged"):
+            run.checked("1.safetensors")
+    with pytest.raises(DamagedRunError):
+        run.checked("never written")
 
 
 def aged(root, sizes, monkeypatch, free=10**12):
