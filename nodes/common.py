@@ -59,9 +59,10 @@ def middle_column(latent: Tensor) -> Tensor:
     return latent[..., latent.shape[-1] // 2]
 
 
-def require_room(name: str, size_bytes: int, folder: Path, where: str, what: str = "latent") -> None:
-    """Raise :class:`InputError` on input ``what``, with both numbers, unless ``size_bytes`` more fit on the disk."""
+def require_room(name: str, size_bytes: int, folder: Path, where: str, text: NodeText, what: str = "latent") -> None:
+    """Say how much disk is needed; raise :class:`InputError` on ``what``, with both numbers, unless so much is free."""
     free = shutil.disk_usage(folder).free
+    text.put("disk", f"{name}: {size_bytes / 1e9:.2f} GB of disk ({free / 1e9:.1f} free)")
     require(
         size_bytes < free,
         where,
@@ -70,14 +71,13 @@ def require_room(name: str, size_bytes: int, folder: Path, where: str, what: str
         f"less than the {free / 1e9:.2f} GB free in {folder.name}: use fewer frames or steps, or float16, or start "
         "ComfyUI with this folder on a larger disk (--output-directory, --temp-directory)",
     )
-    logger.info("%s: the %s takes %.1f MB of disk", where, name, size_bytes / 1e6)
 
 
-def temporary_file(name: str, size_bytes: int, where: str) -> Path:
+def temporary_file(name: str, size_bytes: int, where: str, text: NodeText) -> Path:
     """A new file name under ComfyUI's temp folder, once the disk has room for ``size_bytes``."""
     folder = Path(folder_paths.get_temp_directory()) / "adaflow"
     folder.mkdir(parents=True, exist_ok=True)
-    require_room(name, size_bytes, folder, where)
+    require_room(name, size_bytes, folder, where, text)
     return folder / f"{name}-{uuid.uuid4().hex}.safetensors"
 
 
@@ -100,7 +100,7 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
     Args:
         size_bytes: of the whole run on disk.
         resume: one of ``RESUME``.
-        text: told when an earlier run is there and cannot be gone on with.
+        text: told what the disk is asked for, and when an earlier run is there and cannot be gone on with.
 
     Raises:
         InputError: there is no room; ``resume`` is none of ``RESUME``.
@@ -113,7 +113,7 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
     left = max(0, size_bytes - run.size())
     with run.closed_on_error():
         remove_old_runs(folder, left)
-        require_room(kind, left, folder, where, "latent" if kind == "inversion" else "trajectory")
+        require_room(kind, left, folder, where, text, "latent" if kind == "inversion" else "trajectory")
     return run
 
 
@@ -125,7 +125,7 @@ def sample_edit(edit, settings, frames: tuple[int, ...], where: str, resume: str
         with run.closed_on_error():
             if run.progress:
                 text.put("resume", f"resumed after step {run.progress['step']} of {edit.steps}")
-            samples = edit.sample(settings, where, frames, run)
+            samples = edit.sample(settings, where, frames, run, text)
         run.close()
     return samples
 

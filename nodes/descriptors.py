@@ -12,7 +12,7 @@ from .common import chunk_input, clip_latent, middle_column, remove_when_unused,
 from .patching.families import model_signature
 from .patching.fingerprint import fingerprint, model_fingerprint
 from .patching.inversion import descriptor_channels, extract_descriptors, zero_conditioning
-from .patching.preview import latent_rgb
+from .patching.preview import NodeText, latent_rgb
 from .types import CATEGORY, Descriptors
 
 
@@ -73,7 +73,8 @@ class AdaFlowExtractDescriptors(io.ComfyNode):
         require(-1 <= block < blocks, where, "block", block, f"-1 (automatic) or 0 to {blocks - 1}")
         number = None if block < 0 else block
         shape = (samples.shape[0], descriptor_channels(model, where, number), *samples.shape[2:])
-        path = temporary_file("descriptors", tensor_bytes(shape, torch.float16), where)
+        text = NodeText(where)
+        path = temporary_file("descriptors", tensor_bytes(shape, torch.float16), where, text)
         prompt, clip = empty_prompt or zero_conditioning(model), clip_fingerprint(samples)
         made_by = digest({"weights": model_fingerprint(model), "clip": clip, "prompt": fingerprint(prompt),
             "settings": [time, ensemble, block, seed]})  # fmt: skip
@@ -90,6 +91,7 @@ class AdaFlowExtractDescriptors(io.ComfyNode):
                 seed,
                 writer,
                 where,
+                text,
                 number,
                 chunk,
                 progress.update_absolute,

@@ -135,7 +135,7 @@ def _invert(model, source, samples: Tensor, steps: int, run: Run, chunk: int, wh
         )
     try:
         callback = sampling_callback(model, total)
-        return invert(model, source, samples, steps, trajectory, descriptors, where, chunk, callback)
+        return invert(model, source, samples, steps, trajectory, descriptors, where, text, chunk, callback)
     except BaseException:
         if descriptors is not None:
             descriptors.discard()

@@ -15,7 +15,7 @@ from ...adaflow.trajectory import Trajectory
 from .evaluator import EditSettings
 from .fingerprint import fingerprint, model_fingerprint
 from .patch import check_edit, chunk_of_run, deterministic_samplers, patch_edit, refuse_stochastic
-from .preview import sampling_callback
+from .preview import NodeText, sampling_callback
 from .resume import checkpoint_bytes, resumable
 from .windows import slice_conditioning, take
 
@@ -88,11 +88,12 @@ class Edit:
         """Bytes on disk that the run of :meth:`sample` takes."""
         return checkpoint_bytes(self._sampler, (len(frames), *self.trajectory.shape[1:]), self.steps)
 
-    def sample(self, settings: EditSettings, where: str, frames: tuple[int, ...], run: Run) -> Tensor:
+    def sample(self, settings: EditSettings, where: str, frames: tuple[int, ...], run: Run, text: NodeText) -> Tensor:
         """Sample all frames, or some alone with these as the keyframes of every step.
 
         Args:
             run: of this edit's :meth:`identity`; gone on with and filled.
+            text: where to say what is sampled and how long it takes.
 
         Returns:
             (frames, channels, height, width) as a LATENT holds it.
@@ -100,7 +101,7 @@ class Edit:
         total, rows = self.trajectory.frames, list(frames)
         settings = replace(settings, chunk=settings.chunk or run.progress.get("chunk", 0))
         positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))
-        patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows))
+        patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows), text)
         sigmas = comfy.samplers.KSampler(
             patched, self.steps, patched.load_device, self.sampler_name, self.scheduler, 1.0, patched.model_options
         ).sigmas

@@ -14,6 +14,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...adaflow.estimate import Pace
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import lockstep
@@ -73,6 +74,11 @@ def auto_chunk(model, shape, branches: int, device) -> int:
     return int(min(max(comfy.model_management.get_free_memory(device) / 2 // one_frame, 1), MAX_CHUNK))
 
 
+def wait_for(values: Tensor) -> None:
+    """Return when the device has computed ``values``, not when it was told to."""
+    values.flatten()[0].item()
+
+
 class EditEvaluator:
     """Evaluates the model for one sampling run; made when sampling starts, dropped when it ends.
 
@@ -81,6 +87,7 @@ class EditEvaluator:
         frames: frame numbers of the rows of the sampled latent: every frame, or the keyframes alone.
         source_cond: processed conditioning of the source prompt.
         sample_sigmas: descending, of the sampler.
+        pace: told how long things take.
     """
 
     def __init__(
@@ -93,12 +100,13 @@ class EditEvaluator:
         frames: tuple[int, ...],
         source_cond: dict,
         sample_sigmas: Tensor,
+        pace: Pace,
     ):
         self.unet, self.family, self.plan, self.trajectory, self.settings = unet, family, plan, trajectory, settings
         self.frames, self.source_cond, self.sample_sigmas = frames, source_cond, sample_sigmas
         self._rows = {frame: row for row, frame in enumerate(frames)}
+        self.pace = pace
         self._chunk = settings.chunk
-        self._timed = False
 
     @property
     def steps(self) -> int:
@@ -111,18 +119,13 @@ class EditEvaluator:
 
     def __call__(self, executor, model, conds, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
         """The body of the CALC_COND_BATCH wrapper: predictions (frames, channels, height, width) of each branch."""
-        started = time.perf_counter()
         sigma = float(timestep[0])
         step = step_of(sigma, self.sample_sigmas)
+        self.pace.begin_step(step)
         evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
         with tapped(self.unet, self.family):
             out = evaluation.run()
         self._check_finite(out, step, sigma)
-        if not self._timed:
-            self._timed = True
-            seconds = time.perf_counter() - started
-            total = seconds * self.steps
-            logger.info("AdaFlow: one step took %.1f s; %d steps, about %.0f s", seconds, self.steps, total)
         return out
 
     def chunk(self, model, x: Tensor, branches: int) -> int:
@@ -189,7 +192,7 @@ class _Evaluation:
 
     def run(self) -> list[Tensor]:
         """Joint pass, then propagation of every frame that is not a keyframe."""
-        edit, keyframes = self.edit, self.state.keyframes
+        edit, keyframes, begun = self.edit, self.state.keyframes, time.perf_counter()
         out = [torch.zeros_like(self.x) for _ in self.conds]
         while True:
             chunks = self._joint_chunks()
@@ -202,13 +205,16 @@ class _Evaluation:
         self.state.sources.clear()
         left = [frame for frame in edit.frames if frame not in set(keyframes)]
         while left:
-            frames = left[: self._chunk()]
+            frames, chunk_begun = left[: self._chunk()], time.perf_counter()
             try:
                 predictions = self._propagate(frames)
             except comfy.model_management.OOM_EXCEPTION:
                 edit.halve_chunk(len(frames))
                 continue
             self._store(out, frames, predictions)
+            wait_for(predictions[0])
+            now = time.perf_counter()
+            edit.pace.measured(chunk_begun - begun + (now - chunk_begun) * len(left) / len(frames))
             left = left[len(frames) :]
         return out
 

@@ -1,6 +1,7 @@
 """DDIM inversion and descriptor extraction through ComfyUI's own sampling, a chunk of frames at a time."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from ...adaflow.ddim import ddim_timesteps, inversion_step, sigma_to_mu
 from ...adaflow.descriptors import DescriptorWriter
+from ...adaflow.estimate import Pace, inversion_needs
 from ...adaflow.trajectory import TrajectoryWriter
-from .evaluator import auto_chunk
+from .evaluator import auto_chunk, wait_for
 from .families import UNetFamily, unet_family
+from .memory import announce, unet_sizes
 from .patch import PRELOAD_FRAMES, add_wrappers, limit_memory_estimate
+from .preview import NodeText
 from .taps import StopForward, UNetCall, UNetPass, run_unet, tapped, with_pass
 from .windows import slice_conds
 
@@ -50,17 +54,19 @@ class ChunkedInference:
         chunk: frames at once; 0 chooses from the free memory.
         on_chunk: if given, evaluates a chunk instead: ``(evaluate, frames, x)`` -> predictions, where
             ``evaluate(x, step_pass)`` runs the model on that chunk.
+        pace: told how long the evaluation of all frames will take, once a chunk of them is done.
     """
 
     family: UNetFamily
     chunk: int = 0
     on_chunk: Callable | None = None
+    pace: Pace | None = None
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """The body of the CALC_COND_BATCH wrapper."""
         self.chunk = self.chunk or auto_chunk(model, x.shape, 1, x.device)
         out = [torch.zeros_like(x) for _ in conds]
-        start = 0
+        start, begun = 0, time.perf_counter()
         while start < x.shape[0]:
             comfy.model_management.throw_exception_if_processing_interrupted()
             frames = list(range(start, min(start + self.chunk, x.shape[0])))
@@ -81,6 +87,9 @@ class ChunkedInference:
             for branch, prediction in zip(out, predictions, strict=True):
                 branch[frames] = prediction
             start += len(frames)
+            if self.pace is not None:
+                wait_for(out[0][frames[-1]])
+                self.pace.measured((time.perf_counter() - begun) * x.shape[0] / start)
         return out
 
     def _halve_chunk(self, tried: int, error: Exception) -> None:
@@ -129,6 +138,7 @@ def invert(
     trajectory: TrajectoryWriter,
     descriptors: DescriptorWriter | None,
     where: str,
+    text: NodeText,
     chunk: int = 0,
     callback: Callable | None = None,
 ) -> Tensor:
@@ -139,12 +149,17 @@ def invert(
         latent: clean, (frames, channels, height, width), as a LATENT holds it.
         trajectory: gets every level that it has not; the caller closes it.
         descriptors: gets every frame and is closed, once the first step is done; None where that is done already.
+        text: where to say what is inverted and how long it takes.
         callback: ComfyUI's sampling callback.
 
     Returns:
         The noisiest latent as a LATENT that any ComfyUI sampler takes with its noise off.
     """
+    last = trajectory.levels - 1
     inference = ChunkedInference(unet_family(model_patcher, where), chunk or trajectory.chunk)
+    if trajectory.level < last:
+        inference.pace = Pace(last, lambda line: text.put("time", line))
+        _announce(model_patcher, inference, latent, f"{last} steps", where, text)
 
     def first_pass(evaluate, frames, x):
         taken = DescriptorPass(stop=False)
@@ -161,6 +176,7 @@ def invert(
         ones = x.new_ones(x.shape[0])
         for level in range(trajectory.level + 1, len(levels)):
             inference.on_chunk = first_pass if level == 1 and descriptors is not None else None
+            inference.pace.begin_step(level - 1)
             x_in = x / sigma_to_mu(levels[level]).item()
             denoised = model(x_in, levels[level] * ones, **(extra_args or {}))
             x = inversion_step(x, (x_in - denoised) / levels[level], levels[level - 1], levels[level])
@@ -189,6 +205,7 @@ def extract_descriptors(
     seed: int,
     descriptors: DescriptorWriter,
     where: str,
+    text: NodeText,
     block: int | None = None,
     chunk: int = 0,
     on_progress: Callable[[int], None] | None = None,
@@ -200,6 +217,7 @@ def extract_descriptors(
         latent: clean, as a LATENT holds it.
         time: of the diffusion, 0 to 999.
         ensemble: noise draws a frame; a frame's draws depend on the seed and the frame alone.
+        text: where to say what is done and how long it takes.
         block: decoder block to read; None for the family's.
     """
     family = unet_family(model_patcher, where)
@@ -224,8 +242,20 @@ def extract_descriptors(
         model(x, sigma * x.new_ones(x.shape[0]), **(extra_args or {}))
         return x
 
-    inference = ChunkedInference(family, chunk, mean_feature)
+    inference = ChunkedInference(family, chunk, mean_feature, Pace(1, lambda line: text.put("time", line)))
+    inference.pace.begin_step(0)
+    _announce(model_patcher, inference, latent, f"{ensemble} noise draws", where, text)
     _sample(inference.patch(model_patcher), conditioning, latent, sampler, [sigma, 0.0])
+
+
+def _announce(model_patcher, inference: ChunkedInference, latent: Tensor, work: str, where: str, text: NodeText):
+    """Show what will be done and what it takes; refuse what surely does not fit."""
+    model, device = model_patcher.model, model_patcher.load_device
+    chunk = inference.chunk or auto_chunk(model, latent.shape, 1, device)
+    needs = inversion_needs(unet_sizes(model, inference.family), latent.shape, chunk)
+    height, width = latent.shape[2:]
+    got = f"{latent.shape[0]} frames, {work}, {8 * width}x{8 * height} pixels"
+    announce(needs, device, where, "latent", got, "use fewer frames or a smaller size", text)
 
 
 def _noise(x: Tensor, frames: list[int], draw: int, seed: int) -> Tensor:

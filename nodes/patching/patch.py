@@ -10,10 +10,13 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...adaflow.errors import InputError, require
+from ...adaflow.estimate import Pace, edit_needs
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
-from .evaluator import EditEvaluator, EditSettings
+from .evaluator import EditEvaluator, EditSettings, auto_chunk
 from .families import UNetFamily, model_signature, unet_family
+from .memory import announce, unet_sizes
+from .preview import NodeText
 from .slim import SLIM_KEY, SlimSettings
 from .taps import run_unet
 
@@ -71,6 +74,7 @@ class EditPatch:
     Args:
         where: the node, for messages.
         frames: frame numbers of the rows that will be sampled.
+        text: where to say what is sampled; None makes one when sampling starts.
     """
 
     where: str
@@ -79,13 +83,15 @@ class EditPatch:
     settings: EditSettings
     family: UNetFamily
     frames: tuple[int, ...]
+    text: NodeText | None = None
 
     def sampler_sample(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False
     ):
         """Start the run: check what is sampled, process the source prompt, set the start, and hold the evaluator."""
-        model = guider.inner_model
+        model, text = guider.inner_model, self.text or NodeText(self.where)
         self._check(sigmas, noise, executor.class_obj)
+        self._announce(guider, sigmas, noise, text)
         if self.settings.start_from_trajectory:
             noise, latent_image = self._start(model, executor.class_obj, guider, sigmas, noise)
         source = self._source_cond(model, noise, latent_image, extra_args)
@@ -99,17 +105,11 @@ class EditPatch:
             self.frames,
             source,
             sigmas,
+            Pace(len(sigmas) - 1, lambda line: text.put("time", line)),
         )
         options = extra_args["model_options"]
         options = {**options, "transformer_options": {**options["transformer_options"], RUN_KEY: run}}
         extra_args = {**extra_args, "model_options": options}
-        logger.info(
-            "AdaFlow: %d frames, %d keyframes a step, %d steps, latents %dx%d",
-            len(self.frames),
-            len(self.plan.clips),
-            run.steps,
-            *noise.shape[:1:-1],
-        )
         return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
@@ -145,6 +145,21 @@ class EditPatch:
                 "inverted trajectory: expect flicker. Use a deterministic sampler such as euler or dpmpp_2m",
                 name,
             )
+
+    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText) -> None:
+        """Show what will be sampled and what that takes; refuse what surely does not fit."""
+        model, settings, keyframes = guider.inner_model, self.settings, len(self.plan.clips)
+        branches = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
+        chunk = settings.chunk or auto_chunk(model, noise.shape, branches, noise.device)
+        injecting = max(settings.feature_share, settings.attention_share) > 0
+        needs = edit_needs(unet_sizes(model, self.family), noise.shape, keyframes, branches, chunk, injecting)
+        pixels = f"{8 * noise.shape[3]}x{8 * noise.shape[2]} pixels"
+        got = f"{len(self.frames)} frames, {keyframes} keyframes, {len(sigmas) - 1} steps, {pixels}"
+        change = (
+            "use fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select), a smaller size or "
+            "fewer frames"
+        )
+        announce(needs, noise.device, self.where, "plan", got, change, text)
 
     def _start(self, model, sampler, guider, sigmas: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and clean latent that make the sampler start at the trajectory's latent of its first sigma.
@@ -220,12 +235,14 @@ def patch_edit(
     settings: EditSettings,
     where: str,
     frames: tuple[int, ...] | None = None,
+    text: NodeText | None = None,
 ):
     """A clone of MODEL that runs the whole method in any sampler.
 
     Args:
         settings: ``budget`` is taken from AdaFlowSlimAttention where that node is wired before.
         frames: frame numbers that will be sampled; all by default.
+        text: of the node that will sample, where that is known.
 
     Raises:
         InputError: see :func:`check_edit`; or a share or chunk out of range.
@@ -243,7 +260,7 @@ def patch_edit(
             "%s: another patch replaces self-attention (attn1) in some blocks; the method does not act there",
             where,
         )
-    patch = EditPatch(where, plan, trajectory, settings, family, frames or tuple(range(plan.frames)))
+    patch = EditPatch(where, plan, trajectory, settings, family, frames or tuple(range(plan.frames)), text)
     reserved = settings.chunk or PRELOAD_FRAMES
     return add_wrappers(
         model_patcher,

@@ -34,7 +34,7 @@ ORDER = [
     {"slimming"},
     {"attention", "attention_triton"},
     {"propagation"},
-    {"plan", "picture"},
+    {"plan", "picture", "estimate"},
 ]
 VIDEO = {"video", "video_audio", "video_writer"}
 

@@ -1,0 +1,212 @@
+"""What a run will need, known before it starts: memory of the accelerator, RAM and time.
+
+``least`` is what surely must be there at one time, to refuse by; ``about`` is what to expect, to show. The numbers of
+latents and of a forward's activations were measured (``tests/comfy/test_estimate.py``, ``benchmarks/results``).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .descriptors import layer_sizes
+from .errors import require
+
+LATENT_VALUE = 4  # bytes: sampling is in float32
+FORWARD_MAPS = 20  # of the largest layer that a frame's forward holds at its peak, skip connections included
+EDIT_LATENTS, INVERSION_LATENTS = 9, 8  # copies of the clip's latent that sampling holds on the device
+RAM_LATENTS = 4  # copies of it in RAM: the node's input and result, and what is being written
+CACHE_BYTES = 2 << 30  # of a plan's matches and selections, at the most
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Bytes: surely needed, and to be expected."""
+
+    least: int
+    about: int
+
+    def __add__(self, other: "Amount") -> "Amount":
+        return Amount(self.least + other.least, self.about + other.about)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Memory of a run: on the device that samples, and in RAM."""
+
+    device: Amount
+    ram: Amount
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One self-attention layer.
+
+    Attributes:
+        level: its resolution, 0 the latent's.
+        channels: of its output.
+        injected: whether the source's queries and keys are put in there.
+        source_read: whether propagation of the source branch reads its output.
+    """
+
+    level: int
+    channels: int
+    injected: bool
+    source_read: bool
+
+
+@dataclass(frozen=True)
+class UNetSizes:
+    """What decides how much memory a UNet's activations take.
+
+    Attributes:
+        attentions: every self-attention.
+        skips: (level, channels) of the encoder blocks' outputs.
+        conv: (level, channels) of the feature that is injected.
+        value_bytes: bytes of one activation.
+        weight_bytes: bytes of all weights.
+    """
+
+    attentions: tuple[Attention, ...]
+    skips: tuple[tuple[int, int], ...]
+    conv: tuple[int, int]
+    value_bytes: int
+    weight_bytes: int
+
+    def _tokens(self, size: tuple[int, int]) -> list[int]:
+        levels = 1 + max(level for level, _ in self.skips)
+        return [height * width for height, width in layer_sizes(*size, levels)]
+
+    def frame_bytes(self, size: tuple[int, int]) -> int:
+        """Peak of one frame's forward in one branch, for a latent of (height, width)."""
+        tokens = self._tokens(size)
+        return FORWARD_MAPS * self.value_bytes * max(tokens[level] * channels for level, channels in self.skips)
+
+    def keyframe_bytes(self, size: tuple[int, int], branches: int, injecting: bool) -> Amount:
+        """What one keyframe leaves on the device for the whole of a step: attention outputs, injected features.
+
+        To be expected on top are its skip connections, while the chunks of the joint pass wait for one another.
+        """
+        tokens = self._tokens(size)
+        values = branches * sum(tokens[layer.level] * layer.channels for layer in self.attentions)
+        if injecting:
+            for layer in self.attentions:
+                values += tokens[layer.level] * layer.channels * (2 * layer.injected + layer.source_read)
+            values += tokens[self.conv[0]] * self.conv[1]
+        skips = sum(tokens[level] * channels for level, channels in self.skips)
+        return Amount(values * self.value_bytes, (values + skips) * self.value_bytes)
+
+
+def _latents(shape: tuple[int, int, int, int], least: int, about: int) -> Amount:
+    frames, channels, height, width = shape
+    one = frames * channels * height * width * LATENT_VALUE
+    return Amount(least * one, about * one)
+
+
+def inversion_needs(unet: UNetSizes, shape: tuple[int, int, int, int], chunk: int) -> Needs:
+    """Memory of an inversion.
+
+    Args:
+        shape: of the clip's latent, (frames, channels, height, width).
+        chunk: frames in one forward.
+    """
+    forward = Amount(0, unet.weight_bytes + min(chunk, shape[0]) * unet.frame_bytes(shape[2:]))
+    return Needs(_latents(shape, 4, INVERSION_LATENTS) + forward, _latents(shape, 2, RAM_LATENTS))
+
+
+def edit_needs(
+    unet: UNetSizes, shape: tuple[int, int, int, int], keyframes: int, branches: int, chunk: int, injecting: bool
+) -> Needs:
+    """Memory of an edit.
+
+    Args:
+        shape: of the latents that are sampled, (frames, channels, height, width).
+        keyframes: of one step.
+        branches: prompts that are evaluated: 1, or 2 with guidance.
+        chunk: frames in one forward.
+        injecting: whether any step injects features of the source.
+    """
+    size = shape[2:]
+    keyframe = unet.keyframe_bytes(size, branches, injecting)
+    forward = Amount(0, unet.weight_bytes + min(chunk, shape[0]) * branches * unet.frame_bytes(size))
+    kept = Amount(keyframes * keyframe.least, keyframes * keyframe.about)
+    cached = Amount(0, min(CACHE_BYTES, shape[0] * 4 * size[0] * size[1]))
+    return Needs(_latents(shape, 3 + branches, EDIT_LATENTS) + kept + forward, _latents(shape, 2, RAM_LATENTS) + cached)
+
+
+def describe(needs: Needs, free: dict[str, int]) -> str:
+    """One line for a user: what is needed and what is free.
+
+    Args:
+        free: bytes free of "GPU memory" and "RAM"; of "RAM" alone where the model runs on the CPU.
+    """
+    amounts = _by(needs, free)
+    parts = (f"{amount.about / 1e9:.2f} GB of {kind} ({free[kind] / 1e9:.1f} free)" for kind, amount in amounts)
+    return "needs about " + ", ".join(parts)
+
+
+def _by(needs: Needs, free: dict[str, int]) -> list[tuple[str, Amount]]:
+    if "GPU memory" in free:
+        return [("GPU memory", needs.device), ("RAM", needs.ram)]
+    return [("RAM", needs.device + needs.ram)]
+
+
+def refuse_too_large(needs: Needs, free: dict[str, int], where: str, what: str, got: str, change: str) -> None:
+    """Raise InputError where even the least that is needed is more than is free.
+
+    Args:
+        free: as for :func:`describe`.
+        what, got: the input's name, and what it is, with numbers.
+        change: what would make it fit.
+    """
+    for kind, amount in _by(needs, free):
+        require(
+            amount.least <= free[kind],
+            where,
+            what,
+            f"{got}, which takes at least {amount.least / 1e9:.2f} GB of {kind}",
+            f"at most the {free[kind] / 1e9:.2f} GB that are free: {change}",
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the words of a person who waits."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+class Pace:
+    """Says how long a run will take: once a part of its first step has been measured, and again after a whole one.
+
+    Args:
+        end: number of the step at which the run is done; it may begin at any step.
+        tell: gets the line.
+        clock: seconds.
+    """
+
+    def __init__(self, end: int, tell: Callable[[str], None], clock: Callable[[], float] = time.perf_counter):
+        self._end, self._tell, self._clock = end, tell, clock
+        self._first: tuple[int, float] | None = None
+        self._told = 0
+
+    def begin_step(self, step: int) -> None:
+        """Call it whenever the model is asked for a step, the first being 0."""
+        if self._first is None:
+            self._first = step, self._clock()
+        elif self._told < 2 and step > self._first[0]:
+            self._say((self._clock() - self._first[1]) / (step - self._first[0]))
+            self._told = 2
+
+    def measured(self, seconds: float) -> None:
+        """Tell how long the first step will take, as a part of it shows."""
+        if not self._told:
+            self._say(seconds)
+            self._told = 1
+
+    def _say(self, seconds: float) -> None:
+        steps = self._end - self._first[0]
+        self._tell(f"takes about {duration(seconds * steps)}: {steps} x {duration(seconds)}")

@@ -1,0 +1,61 @@
+"""What ComfyUI's models and devices hold: the facts that an estimate starts from."""
+
+import comfy.model_management
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
+
+from ...adaflow.estimate import Attention, Needs, UNetSizes, describe, refuse_too_large
+from .families import UNetFamily
+from .preview import NodeText
+from .taps import self_attentions
+
+
+def unet_sizes(model, family: UNetFamily) -> UNetSizes:
+    """The widths of ComfyUI's BaseModel ``model``, a UNet of ``family``."""
+    unet, levels, level, skips = model.diffusion_model, {}, 0, []
+    for number, block in enumerate(unet.input_blocks):
+        level += any(isinstance(part, Downsample) for part in block)
+        levels["input", number] = level
+        skips.append((level, next(part.out_channels for part in block if hasattr(part, "out_channels"))))
+    levels["middle", 0] = level
+    for number, block in enumerate(unet.output_blocks):
+        levels["output", number] = level
+        level -= any(isinstance(part, Upsample) for part in block)
+    attentions = tuple(
+        Attention(
+            levels[layer.section, layer.block],
+            attn.to_q.out_features,
+            injected=layer.section == "output" and layer.block in family.attention_blocks,
+            source_read=layer.section != "output" or layer.block < family.conv_block,
+        )
+        for layer, attn in self_attentions(unet)
+    )
+    conv = levels["output", family.conv_block], unet.output_blocks[family.conv_block][0].out_channels
+    value_bytes = comfy.model_management.dtype_size(model.manual_cast_dtype or model.get_dtype())
+    weights = comfy.model_management.module_size(model)
+    return UNetSizes(attentions, tuple(skips), conv, value_bytes, weights)
+
+
+def free_memory(device: torch.device) -> dict[str, int]:
+    """Bytes free by kind, as :func:`describe` takes them; what loaded models hold counts, since they make way."""
+    free = {"RAM": comfy.model_management.get_free_memory(torch.device("cpu"))}
+    if device.type != "cpu":
+        models = [m for m in comfy.model_management.current_loaded_models if m.device == device and m.model is not None]
+        loaded = sum(model.model_loaded_memory() for model in models)
+        free["GPU memory"] = comfy.model_management.get_free_memory(device) + loaded
+    return free
+
+
+def announce(needs: Needs, device: torch.device, where: str, what: str, got: str, change: str, text: NodeText) -> None:
+    """Show what a run is and needs, then refuse it if it surely does not fit.
+
+    Args:
+        what, got: the input that decides, and what it is: frames, keyframes, steps and size.
+        change: what would make it fit.
+
+    Raises:
+        InputError: more is needed than is free.
+    """
+    free = free_memory(device)
+    text.put("needs", f"{got}: {describe(needs, free)}")
+    refuse_too_large(needs, free, where, what, got, change)
