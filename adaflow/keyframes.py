@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .correspondence import nearest_tokens
 
+LOOKAHEAD = 8
+
 
 @dataclass(frozen=True)
 class Clips:
@@ -73,7 +75,7 @@ def cut_clips(
     frames: int,
     size: tuple[int, int],
     thresholds: CutThresholds | None = None,
-    lookahead: int = 8,
+    lookahead: int = LOOKAHEAD,
     on_progress: Callable[[int], None] | None = None,
 ) -> Clips:
     """Cut a video into clips by comparing each frame with the first one of its clip.

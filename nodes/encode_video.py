@@ -10,6 +10,7 @@ from comfy_api.latest import InputImpl, io
 
 from ..adaflow.errors import InputError, require
 from .lazy_video import clip_of
+from .patching.vae import ChunkedVAE
 from .types import CATEGORY
 
 NODE = "AdaFlow Encode Video"
@@ -105,9 +106,10 @@ class AdaFlowEncodeVideo(io.ComfyNode):
         require(width % 8 == 0 and height % 8 == 0, NODE, "source", f"{width}x{height} pixels", expected)
         progress = comfy.utils.ProgressBar(count)
         samples, done = None, 0
-        for pixels in chunks(chunk or auto_chunk(width, height)):
+        chunk = chunk or auto_chunk(width, height)
+        encoder = ChunkedVAE(vae, chunk, NODE)
+        for latents in (latents for pixels in chunks(chunk) for latents in encoder.encode(pixels)):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            latents = vae.encode(pixels).to("cpu")
             cause = "finite latents: the VAE overflows in half precision, start ComfyUI with --fp32-vae or --bf16-vae"
             require_finite(latents, done, NODE, "vae", cause)
             if samples is None:

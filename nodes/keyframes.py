@@ -7,9 +7,10 @@ import comfy.utils
 from comfy_api.latest import io, ui
 
 from ..adaflow.errors import InputError, require_one_of
-from ..adaflow.keyframes import CutThresholds, KeyframeDraws, cut_clips
+from ..adaflow.keyframes import LOOKAHEAD, Clips, CutThresholds, KeyframeDraws, cut_clips
 from ..adaflow.picture import yt_picture
 from ..adaflow.plan import EditPlan
+from .patching.memory import halved
 from .types import CATEGORY, Descriptors, Plan
 
 MODES = ["resample", "fixed", "schedule"]
@@ -114,13 +115,8 @@ class AdaFlowKeyframeSelect(io.ComfyNode):
             comfy.model_management.throw_exception_if_processing_interrupted()
             progress.update_absolute(frames, descriptors.frames)
 
-        clips = cut_clips(
-            lambda frames: descriptors.tokens(frames, device=device),
-            descriptors.frames,
-            descriptors.size,
-            CutThresholds(mean_threshold, window_threshold, max_clip),
-            on_progress=on_progress,
-        )
+        thresholds = CutThresholds(mean_threshold, window_threshold, max_clip)
+        clips = _cut(descriptors, thresholds, device, on_progress)
         draws = KeyframeDraws(draw_mode, seed, parse_schedule(schedule, where))
         try:
             plan = EditPlan(descriptors, clips, draws, device=device)
@@ -128,3 +124,21 @@ class AdaFlowKeyframeSelect(io.ComfyNode):
             raise InputError(where, "schedule", f"{schedule!r}: {error}", "one keyframe in each clip") from error
         picture = yt_picture(descriptors.slice_rgb(), clips, plan.keyframes(0))
         return io.NodeOutput(plan, picture, len(clips), ui=ui.PreviewImage(picture, cls=cls))
+
+
+def _cut(descriptors, thresholds: CutThresholds, device, on_progress) -> Clips:
+    """The clips, compared with fewer frames in one go when memory runs out."""
+    lookahead = LOOKAHEAD
+    while True:
+        try:
+            return cut_clips(
+                lambda frames: descriptors.tokens(frames, device=device),
+                descriptors.frames,
+                descriptors.size,
+                thresholds,
+                lookahead,
+                on_progress,
+            )
+        except RuntimeError as error:
+            doing = "to compare descriptors of {}x{} tokens".format(*descriptors.size[::-1])
+            lookahead = halved(error, lookahead, doing, "use a smaller size", device)

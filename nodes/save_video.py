@@ -18,6 +18,7 @@ from ..adaflow.video import VideoClip
 from ..adaflow.video_writer import CODECS, VideoWriter
 from .encode_video import auto_chunk, require_finite, require_image_vae
 from .lazy_video import clip_of
+from .patching.vae import ChunkedVAE
 from .types import CATEGORY
 
 NODE = "AdaFlow Save Video"
@@ -27,11 +28,12 @@ DEFAULT_QUALITY = 18
 
 def _decoded(samples: torch.Tensor, vae, chunk: int) -> Iterator[torch.Tensor]:
     """Images (n, height, width, 3) of latents (frames, channels, h, w), ``chunk`` frames at a time."""
-    for first in range(0, len(samples), chunk):
-        images = vae.decode(samples[first : first + chunk]).to("cpu", torch.float32)
+    first = 0
+    for images in ChunkedVAE(vae, chunk, NODE).decode(samples):
         cause = "finite pixels: the VAE overflows in half precision, start ComfyUI with --fp32-vae or --bf16-vae"
         require_finite(images, first, NODE, "vae", cause)
-        yield images
+        yield images.float()
+        first += len(images)
 
 
 def _require_latents(samples: torch.Tensor, vae) -> None:

@@ -19,6 +19,7 @@ from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import lockstep
 from .families import UNetFamily
+from .memory import halved
 from .passes import (
     EditJointPass,
     EditPropagationPass,
@@ -135,23 +136,13 @@ class EditEvaluator:
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
-    def halve_chunk(self, tried: int, divisible: bool = True) -> None:
-        """After an out-of-memory error with ``tried`` frames: go on with half of them, or give up.
-
-        To be called while that error is handled. ``divisible`` is False where these frames must stay in one batch.
-
-        Raises:
-            RuntimeError: there is nothing to halve; says what to change.
-        """
-        if tried == 1 or not divisible:
-            raise RuntimeError(
-                f"AdaFlow: out of memory with {tried} frames at a time, which cannot be fewer, beside "
-                f"{len(self.plan.clips)} keyframes: use a smaller size, or fewer keyframes (lower thresholds or a "
-                "higher max_clip in AdaFlow Keyframe Select)"
-            )
-        self._chunk = max(1, tried // 2)
-        logger.warning("AdaFlow: out of memory with %d frames at a time; going on with %d", tried, self._chunk)
-        comfy.model_management.soft_empty_cache()
+    def halve_chunk(self, error: Exception, tried: int, x: Tensor, divisible: bool = True) -> None:
+        """Go on with half of the ``tried`` frames after an out-of-memory error, or give up; see :func:`halved`."""
+        doing = f"beside {len(self.plan.clips)} keyframes of {8 * x.shape[3]}x{8 * x.shape[2]} pixels"
+        change = (
+            "use a smaller size, or fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select)"
+        )
+        self._chunk = halved(error, tried, doing, change, x.device, divisible)
 
     def rows(self, frames) -> list[int]:
         """Rows of the sampled latent that hold ``frames``."""
@@ -199,17 +190,17 @@ class _Evaluation:
             try:
                 self._joint(out, chunks)
                 break
-            except comfy.model_management.OOM_EXCEPTION:
+            except RuntimeError as error:
                 self.state.forget()
-                edit.halve_chunk(len(chunks[0]), divisible=self._may_split())
+                edit.halve_chunk(error, len(chunks[0]), self.x, divisible=self._may_split())
         self.state.sources.clear()
         left = [frame for frame in edit.frames if frame not in set(keyframes)]
         while left:
             frames, chunk_begun = left[: self._chunk()], time.perf_counter()
             try:
                 predictions = self._propagate(frames)
-            except comfy.model_management.OOM_EXCEPTION:
-                edit.halve_chunk(len(frames))
+            except RuntimeError as error:
+                edit.halve_chunk(error, len(frames), self.x)
                 continue
             self._store(out, frames, predictions)
             wait_for(predictions[0])

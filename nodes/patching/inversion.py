@@ -1,6 +1,5 @@
 """DDIM inversion and descriptor extraction through ComfyUI's own sampling, a chunk of frames at a time."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ from ...adaflow.estimate import Pace, inversion_needs
 from ...adaflow.trajectory import TrajectoryWriter
 from .evaluator import auto_chunk, wait_for
 from .families import UNetFamily, unet_family
-from .memory import announce, unet_sizes
+from .memory import announce, halved, unet_sizes
 from .patch import PRELOAD_FRAMES, add_wrappers, limit_memory_estimate
 from .preview import NodeText
 from .taps import StopForward, UNetCall, UNetPass, run_unet, tapped, with_pass
 from .windows import slice_conds
-
-logger = logging.getLogger(__name__)
 
 
 def inversion_sigmas(model_patcher, steps: int) -> list[float]:
@@ -81,8 +78,9 @@ class ChunkedInference:
                         predictions = evaluate(x[frames], UNetPass())
                     else:
                         predictions = self.on_chunk(evaluate, frames, x[frames])
-            except comfy.model_management.OOM_EXCEPTION as error:
-                self._halve_chunk(len(frames), error)
+            except RuntimeError as error:
+                pixels = f"of {8 * x.shape[3]}x{8 * x.shape[2]} pixels"
+                self.chunk = halved(error, len(frames), pixels, "use a smaller size", x.device)
                 continue
             for branch, prediction in zip(out, predictions, strict=True):
                 branch[frames] = prediction
@@ -91,13 +89,6 @@ class ChunkedInference:
                 wait_for(out[0][frames[-1]])
                 self.pace.measured((time.perf_counter() - begun) * x.shape[0] / start)
         return out
-
-    def _halve_chunk(self, tried: int, error: Exception) -> None:
-        if tried == 1:
-            raise RuntimeError("AdaFlow: out of memory with one frame at a time: use a smaller size") from error
-        self.chunk = tried // 2
-        logger.warning("AdaFlow: out of memory with %d frames at a time; going on with %d", tried, self.chunk)
-        comfy.model_management.soft_empty_cache()
 
     def diffusion_model(self, executor, x, *args, **kwargs):
         return run_unet(executor, self.family, x, args, kwargs)

@@ -1,4 +1,6 @@
-"""What ComfyUI's models and devices hold: the facts that an estimate starts from."""
+"""What ComfyUI's models and devices hold: the facts that an estimate starts from, and what to do when it runs out."""
+
+import logging
 
 import comfy.model_management
 import torch
@@ -8,6 +10,8 @@ from ...adaflow.estimate import Attention, Needs, UNetSizes, describe, refuse_to
 from .families import UNetFamily
 from .preview import NodeText
 from .taps import self_attentions
+
+logger = logging.getLogger(__name__)
 
 
 def unet_sizes(model, family: UNetFamily) -> UNetSizes:
@@ -59,3 +63,39 @@ def announce(needs: Needs, device: torch.device, where: str, what: str, got: str
     free = free_memory(device)
     text.put("needs", f"{got}: {describe(needs, free)}")
     refuse_too_large(needs, free, where, what, got, change)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on an accelerator, or in RAM, for which torch has no exception of its own."""
+    return isinstance(error, comfy.model_management.OOM_EXCEPTION) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory")
+    )
+
+
+def halved(error: Exception, tried: int, doing: str, change: str, device: torch.device, divisible: bool = True) -> int:
+    """Frames to go on with after ``error``, if that was lack of memory with ``tried`` frames at a time.
+
+    To be called while the error is handled.
+
+    Args:
+        doing: what was done with the frames, and their size.
+        change: what would make it fit.
+        divisible: False where these frames must stay in one batch.
+
+    Raises:
+        RuntimeError: there is nothing to halve, with the numbers; or ``error`` itself, if it was something else.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if tried == 1 or not divisible:
+        free, total = (
+            amount(device) / 1e9
+            for amount in (comfy.model_management.get_free_memory, comfy.model_management.get_total_memory)
+        )
+        raise RuntimeError(
+            f"AdaFlow: out of memory with {tried} frames at a time, which cannot be fewer, {doing}; {free:.2f} of "
+            f"{total:.2f} GB are free on {device}: {change}"
+        ) from error
+    logger.warning("AdaFlow: out of memory with %d frames at a time; going on with %d", tried, tried // 2)
+    comfy.model_management.soft_empty_cache()
+    return tried // 2
