@@ -9,13 +9,13 @@ of weights or latents; clips are cut evenly. No VAE. One warm-up of every stage 
 import argparse
 import gc
 import json
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from provenance import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "comfy")]
@@ -92,11 +92,9 @@ def main() -> None:
 
     mount_pack()
     start_comfyui(options.folder)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     results = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": "unknown" if commit.returncode else commit.stdout.strip(),
+        **machine(),
+        "commit": commit(),
         "frames": options.frames,
         "clips": options.clips,
         "budget": options.budget,

@@ -1,0 +1,205 @@
+"""What benchmarks/edit_quality.py writes: pieces, contact sheets, and of the pieces a result, tables and a plot."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from statistics import fmean, stdev
+
+from PIL import Image, ImageDraw, ImageFont
+
+TRUTH, CEILING, NO_EDIT = "truth", "truth through the autoencoder", "source through the autoencoder"
+FULL, EACH = "AdaFlow, budget unlimited", "frame by frame"
+MARKERS = "<!-- {} of tables written by benchmarks/edit_quality.py -->"
+COLUMNS, LABEL, MARGIN = 6, 18, 6
+PLOT_COLOURS = ("#444444", "#c0392b", "#1f618d", "#2980b9", "#5dade2", "#aed6f1", "#196f3d", "#27ae60", "#82e0aa")
+
+
+def write_json(path: Path, content) -> None:
+    """NaN becomes null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_plain(content), indent=1) + "\n")
+    partial.replace(path)
+
+
+def _plain(content):
+    if isinstance(content, dict):
+        return {name: _plain(value) for name, value in content.items()}
+    if isinstance(content, float):
+        return float(f"{content:.6g}") if math.isfinite(content) else None
+    return content
+
+
+def write_sheet(path: Path, rows: dict[str, object], title: str) -> None:
+    """Some frames of each row's images (frames, 3, height, width), from 0 to 1, under its name."""
+    images = next(iter(rows.values()))
+    count, _, height, width = images.shape
+    columns = min(COLUMNS, count)
+    chosen = [round(i * (count - 1) / max(1, columns - 1)) for i in range(columns)]
+    tall = height + LABEL + MARGIN
+    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, LABEL + MARGIN + len(rows) * tall), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw.text((MARGIN, MARGIN // 2), title, "black", font)
+    for row, (name, frames) in enumerate(rows.items()):
+        top = LABEL + MARGIN + row * tall
+        draw.text((MARGIN, top), f"{name}, frames {', '.join(map(str, chosen))}", "black", font)
+        pixels = (frames[chosen].clamp(0, 1) * 255).round().byte().movedim(1, -1).cpu().numpy()
+        for column, picture in enumerate(pixels):
+            sheet.paste(Image.fromarray(picture), (MARGIN + column * (width + MARGIN), top + LABEL))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def read_pieces(folder: Path) -> tuple[dict, list[dict]]:
+    """What all pieces have in common, and the pieces.
+
+    Raises:
+        SystemExit: there are none, some are missing, or they were not made alike.
+    """
+    pieces = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not pieces:
+        raise SystemExit(f"{folder} holds no pieces: run the parts first")
+    about = [piece.pop("about") for piece in pieces]
+    if any(other != about[0] for other in about):
+        raise SystemExit(f"the pieces in {folder} are of different commits, machines, weights or options")
+    expected = about[0]["options"]["clips"] * len(about[0]["options"]["edits"])
+    if len(pieces) != expected:
+        raise SystemExit(f"{folder} holds {len(pieces)} of {expected} pieces: run the other parts")
+    return about[0], pieces
+
+
+def values_of(pieces: list[dict], setting: str, measure: str) -> list[float]:
+    """One a piece; those that have none are left out."""
+    values = (piece["measures"][setting].get(measure) for piece in pieces)
+    return [value for value in values if value is not None]
+
+
+def ratio(pieces: list[dict], setting: str, measure: str, to: str) -> float:
+    """Of the means of all clips: a clip that hardly moves has an error near nothing, and a ratio of any size."""
+    below = sum(values_of(pieces, to, measure))
+    return sum(values_of(pieces, setting, measure)) / below if below else math.nan
+
+
+def difference(pieces: list[dict], setting: str, other: str, measure: str) -> tuple[float, float]:
+    """Mean over the clips of ``setting`` less ``other``, and its standard error."""
+    pairs = zip(values_of(pieces, setting, measure), values_of(pieces, other, measure), strict=True)
+    gaps = [a - b for a, b in pairs]
+    return fmean(gaps), stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.nan
+
+
+def summary(pieces: list[dict]) -> dict:
+    """Mean and standard deviation over the clips of every measure, by setting."""
+    found: dict[str, dict] = {}
+    for setting, measures in pieces[0]["measures"].items():
+        found[setting] = {}
+        for measure in measures:
+            values = values_of(pieces, setting, measure)
+            if values:
+                spread = stdev(values) if len(values) > 1 else math.nan
+                found[setting][measure] = {"mean": fmean(values), "deviation": spread, "clips": len(values)}
+        for measure in ("warping", "warping object"):
+            for to in (TRUTH, CEILING):
+                found[setting][f"{measure} to that of the {to}"] = ratio(pieces, setting, measure, to)
+    return found
+
+
+def table(pieces: list[dict]) -> str:
+    """Markdown, a row a setting."""
+    columns = {
+        "PSNR": ("psnr", "{:.2f}"), "in the object": ("psnr object", "{:.2f}"), "outside": ("psnr rest", "{:.2f}"),
+        "SSIM": ("ssim", "{:.3f}"), "object": ("ssim object", "{:.3f}"), "rest": ("ssim rest", "{:.3f}"),
+        "untouched, PSNR": ("psnr untouched", "{:.2f}"),
+        "asked": ("asked", "{:.1%}"), "caption": ("agreement", "{:.1%}"),
+    }  # fmt: skip
+    columns = {name: what for name, what in columns.items() if values_of(pieces, FULL, what[0])}
+    heads = ["Setting", *columns, "warping error x 1000", "to the truth's", "object, to the truth's"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for setting in pieces[0]["measures"]:
+        cells = [setting]
+        for measure, form in columns.values():
+            values = values_of(pieces, setting, measure)
+            cells.append(form.format(fmean(values)) if values else "")
+        cells.append(f"{1000 * fmean(values_of(pieces, setting, 'warping')):.3f}")
+        cells += [f"{ratio(pieces, setting, measure, TRUTH):.2f}" for measure in ("warping", "warping object")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def comparisons(pieces: list[dict]) -> str:
+    """Markdown: settings against one another, clip by clip."""
+    budgets = [name for name in pieces[0]["measures"] if re.fullmatch(r"AdaFlow, budget \d+", name)]
+    pairs = [(FULL, EACH), ("TokenFlow settings", EACH), (FULL, "TokenFlow settings")]
+    pairs += [(name, FULL) for name in budgets] + [(f"{name}, interpolated", name) for name in (FULL, *budgets)]
+    lines = ["| Setting | against | PSNR, dB | warping error | object's |", "| --- | --- | ---: | ---: | ---: |"]
+    for setting, other in pairs:
+        gap, error = difference(pieces, setting, other, "psnr")
+        ratios = [f"x {ratio(pieces, setting, measure, other):.2f}" for measure in ("warping", "warping object")]
+        lines.append(f"| {setting} | {other} | {gap:+.2f} ± {error:.2f} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def by_edit(pieces: list[dict]) -> dict[str, list[dict]]:
+    """The pieces of each kind of edit."""
+    return {edit: [p for p in pieces if p["edit"] == edit] for edit in dict.fromkeys(p["edit"] for p in pieces)}
+
+
+def plot(pieces: list[dict], path: Path) -> None:
+    """PSNR against warping error, a panel for each kind of edit; bars are standard errors over the clips."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    edits = by_edit(pieces)
+    figure, panels = pyplot.subplots(1, len(edits), figsize=(4.6 * len(edits), 5.2), squeeze=False)
+    settings = [name for name in pieces[0]["measures"] if name not in (TRUTH, NO_EDIT)]
+    for panel, (edit, chosen) in zip(panels[0], edits.items(), strict=True):
+        for number, setting in enumerate(settings):
+            values = values_of(chosen, setting, "psnr")
+            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+            marker = "*" if setting == CEILING else "s" if "interpolated" in setting else "o"
+            at, colour = ratio(chosen, setting, "warping", TRUTH), PLOT_COLOURS[number % len(PLOT_COLOURS)]
+            panel.errorbar(at, fmean(values), error, fmt=marker, color=colour, label=setting, markersize=8, capsize=2)
+        panel.set_title(f"{edit}, {len(chosen)} clips")
+        panel.set_xlabel("warping error, truth's = 1")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("PSNR to the truth, dB")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=9)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def write_tables(page: Path, about: dict, pieces: list[dict]) -> None:
+    """Put the tables between their markers in a page."""
+    options, edits = about["options"], by_edit(pieces)
+    counts = [piece["keyframes"] for piece in pieces]
+    made = (
+        f"GPU: {about['gpu']}; torch {about['torch']}; commit {about['commit'][:7]}. {options['clips']} clips of "
+        f"{options['frames']} frames, {options['width']}x{options['height']} pixels; {options['inversion_steps']} "
+        f"steps of inversion, {options['steps']} of sampling, guidance {options['cfg']:g}. AdaFlow cut a clip into "
+        f"{min(counts)} to {max(counts)} parts, {fmean(counts):.1f} on average: so many keyframes a step."
+    )
+    text = [made, "![PSNR against warping error of every setting](images/quality.png)", "### All edits", table(pieces), comparisons(pieces)]
+    for edit, chosen in edits.items():
+        text += [f"### {edit.capitalize()}", table(chosen), comparisons(chosen)]
+    begin, end = MARKERS.format("Begin"), MARKERS.format("End")
+    before, rest = page.read_text().split(begin)
+    after = rest.split(end)[1]
+    partial = page.with_suffix(".partial")
+    partial.write_text(before + begin + "\n\n" + "\n\n".join(text) + "\n\n" + end + after)
+    partial.replace(page)
+
+
+def collect(folder: Path, root: Path) -> None:
+    """Result, tables and plot of all pieces in ``folder``."""
+    about, pieces = read_pieces(folder)
+    result = {**about, "all edits": summary(pieces)}
+    result |= {edit: summary(chosen) for edit, chosen in by_edit(pieces).items()}
+    write_json(root / "benchmarks" / "results" / "edit-quality.json", {**result, "clips": pieces})
+    write_tables(root / "docs" / "quality.md", about, pieces)
+    plot(pieces, root / "docs" / "images" / "quality.png")
+    print(table(pieces), comparisons(pieces), sep="\n\n")
