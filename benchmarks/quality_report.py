@@ -183,7 +183,8 @@ def write_tables(page: Path, about: dict, pieces: list[dict]) -> None:
         f"steps of inversion, {options['steps']} of sampling, guidance {options['cfg']:g}. AdaFlow cut a clip into "
         f"{min(counts)} to {max(counts)} parts, {fmean(counts):.1f} on average: so many keyframes a step."
     )
-    text = [made, "![PSNR against warping error of every setting](images/quality.png)", "### All edits", table(pieces), comparisons(pieces)]
+    picture = "![PSNR against warping error of every setting](images/quality.png)"
+    text = [made, picture, "### All edits", table(pieces), comparisons(pieces)]
     for edit, chosen in edits.items():
         text += [f"### {edit.capitalize()}", table(chosen), comparisons(chosen)]
     begin, end = MARKERS.format("Begin"), MARKERS.format("End")
