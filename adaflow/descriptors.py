@@ -85,13 +85,13 @@ class Descriptors:
     """
 
     def __init__(self, path: Path, run: Run | None = None):
-        self._reader = SafetensorsReader(path)
-        metadata = self._reader.metadata
+        reader = SafetensorsReader(path)
+        metadata = reader.metadata
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} does not hold descriptors of format {FORMAT}")
         self.path, self.run = Path(path), run
         self.model, self.clip, self.made_by = metadata["model"], metadata["clip"], metadata["made_by"]
-        self.shape = self._reader.shape("descriptors")
+        self.shape = reader.shape("descriptors")
         self.frames = self.shape[0]
 
     @property
@@ -101,10 +101,15 @@ class Descriptors:
 
     def slice_rgb(self) -> Tensor:
         """y-t slice of the clip, (frames, height, 3) in 0 .. 1."""
-        return self._reader.read("slice_rgb", slice(None)).clone()
+        return self._read("slice_rgb", slice(None)).clone()
 
-    def maps(self, frames: list[int], area: Area | None = None, device=None) -> Tensor:
-        """Normalised descriptor maps as stored, (frames, channels, height, width), float32.
+    def _read(self, name: str, index) -> Tensor:
+        # opened anew each time: what a memory map has shown stays in the process's memory until it is closed
+        path = self.path if self.run is None else self.run.checked(self.path.name)
+        return SafetensorsReader(path).read(name, index)
+
+    def stored(self, frames: list[int], area: Area | None = None, device=None) -> Tensor:
+        """Normalised descriptor maps, (frames, channels, height, width), in the precision of the file.
 
         Args:
             frames: frame numbers.
@@ -113,14 +118,16 @@ class Descriptors:
         Raises:
             DamagedRunError: their file is not what the inversion wrote.
         """
-        if self.run is not None:
-            self.run.checked(self.path.name)
         runs = frames if len(frames) != frames[-1] - frames[0] + 1 else slice(frames[0], frames[-1] + 1)
-        maps = self._reader.read("descriptors", runs).to(device)
+        maps = self._read("descriptors", runs).to(device)
         if area is not None:
             height, width, top, left = area
             maps = maps[:, :, top : top + height, left : left + width]
-        return maps.float()
+        return maps
+
+    def maps(self, frames: list[int], area: Area | None = None, device=None) -> Tensor:
+        """The same in float32."""
+        return self.stored(frames, area, device).float()
 
     def tokens(self, frames: list[int], size=None, area: Area | None = None, device=None) -> Tensor:
         """Normalised descriptors at a layer's resolution, (frames, height * width, channels), float32.

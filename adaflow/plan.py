@@ -11,10 +11,12 @@ from .correspondence import index_dtype, nearest_tokens
 from .descriptors import Area, Descriptors, layer_sizes, resize_tokens
 from .keyframes import Clips, KeyframeDraws
 from .propagation import blend_weight
-from .slimming import select_kv
+from .slimming import select_kv_by_blocks
 
 Size = tuple[int, int]
 MATCH_FRAMES = 8  # matched with their keyframe in one go
+POOL_BYTES = 1 << 30  # of keyframes' descriptors held while tokens are selected
+BLOCK_BYTES = 128 << 20  # of them in float32 that are compared in one go
 
 
 class BoundedCache:
@@ -37,6 +39,48 @@ class BoundedCache:
         self._entries[key] = value
         while self._bytes > self.max_bytes and len(self._entries) > 1:
             self._bytes -= self._entries.popitem(last=False)[1].nbytes
+
+
+class KeyframePool:
+    """Descriptor maps of some keyframes: the first ones stay on the device, the others are read whenever asked for.
+
+    Args:
+        keyframes: frame numbers; a row is a place in them.
+        max_bytes: of the maps that stay.
+        block_bytes: of the maps in float32 that should be asked for at a time.
+
+    Attributes:
+        size: (height, width) of the maps.
+        block: rows to ask for at a time.
+    """
+
+    def __init__(
+        self,
+        descriptors: Descriptors,
+        keyframes: tuple[int, ...],
+        area: Area | None,
+        device,
+        max_bytes: int = POOL_BYTES,
+        block_bytes: int = BLOCK_BYTES,
+    ):
+        self._descriptors, self._keyframes, self._area, self._device = descriptors, keyframes, area, device
+        self._free, self._held = max_bytes, {}
+        first = self._map(0)
+        self.size = tuple(first.shape[2:])
+        self.block = max(1, block_bytes // (first.numel() * 4))
+
+    def maps(self, rows: list[int]) -> Tensor:
+        """(rows, channels, height, width) float32."""
+        return torch.cat([self._map(row) for row in rows]).float()
+
+    def _map(self, row: int) -> Tensor:
+        if row in self._held:
+            return self._held[row]
+        values = self._descriptors.stored([self._keyframes[row]], self._area, self._device)
+        if values.nbytes <= self._free:
+            self._free -= values.nbytes
+            self._held[row] = values = values.clone()  # not a part of the file's memory map
+        return values
 
 
 @dataclass(frozen=True)
@@ -159,10 +203,20 @@ class EditPlan:
         """
         if len(keyframes) <= budget:
             return None
+        kept = self._kept.get((keyframes, budget, size, area))
+        return self._select(keyframes, budget, area)[size] if kept is None else kept
 
-        key = (keyframes, budget, size, area)
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = select_kv(self.descriptors.tokens(list(keyframes), size, area, self.device), budget).cpu()
-            self._kept.put(key, kept)
-        return kept
+    def _select(self, keyframes: tuple[int, ...], budget: int, area: Area | None) -> dict[Size, Tensor]:
+        """Select keys and values at every resolution, the descriptors read once, and keep all."""
+        pool = KeyframePool(self.descriptors, keyframes, area, self.device)
+        sizes = layer_sizes(*pool.size)
+
+        def tokens(rows: list[int]) -> list[Tensor]:
+            maps = pool.maps(rows)
+            return [resize_tokens(maps, size) for size in sizes]
+
+        kept = select_kv_by_blocks(tokens, len(keyframes), budget, pool.block)
+        found = {size: part.cpu() for size, part in zip(sizes, kept, strict=True)}
+        for size, part in found.items():
+            self._kept.put((keyframes, budget, size, area), part)
+        return found

@@ -18,8 +18,8 @@ from adaflow_pack.nodes.patching.taps import self_attentions
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from broken_runs import forwards
 from graph import AFRESH, Graph, plain_euler, select
-from memory import TensorMemory
 from models import SHAPES, clip_latent, conditioning, small_model
+from tensor_memory import TensorMemory
 
 
 @pytest.mark.parametrize("shape", SHAPES)

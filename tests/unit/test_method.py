@@ -7,10 +7,11 @@ import torch
 from adaflow_pack.adaflow.attention import extended_attention, frame_attention
 from adaflow_pack.adaflow.correspondence import index_dtype, nearest_tokens
 from adaflow_pack.adaflow.ddim import bracket, ddim_timesteps, inversion_step, sigma_to_mu
+from adaflow_pack.adaflow.descriptors import DescriptorWriter
 from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
-from adaflow_pack.adaflow.plan import EditPlan
+from adaflow_pack.adaflow.plan import EditPlan, KeyframePool
 from adaflow_pack.adaflow.propagation import blend_weight, gather_outputs
-from adaflow_pack.adaflow.slimming import select_kv, select_tokens, token_importance
+from adaflow_pack.adaflow.slimming import select_kv, select_kv_by_blocks, select_tokens, token_importance
 from torch.nn.functional import normalize
 
 TOLERANCE = 1e-5
@@ -39,6 +40,23 @@ def test_slim_extended_attention_equals_the_oracle(rng, budget):
     assert oracles.relative_error(out, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 7])
+def test_selection_by_blocks_keeps_the_same_tokens(rng, block):
+    """Two resolutions at once, and never more than two blocks of descriptors in memory."""
+    levels = [tokens(rng, 7, 20, 8).float(), tokens(rng, 7, 6, 8).float()]
+    asked = []
+
+    def read(rows):
+        asked.append(len(rows))
+        return [level[rows] for level in levels]
+
+    for level, kept in zip(levels, select_kv_by_blocks(read, 7, 3, block), strict=True):
+        assert torch.equal(kept, select_kv(level, 3))
+        order = oracles.importance(level.double(), 4).flatten().argsort(descending=True)[: 3 * level.shape[1]]
+        assert set(kept[4].tolist()) == set(order.tolist())
+    assert max(asked) == block
+
+
 def test_a_budget_of_all_keyframes_is_dense_attention(rng):
     q, k, v = torch.randn(3, 4, 9, 8, generator=rng)
     every = torch.arange(36).expand(4, -1)
@@ -59,7 +77,7 @@ def test_a_shuffled_keyframe_order_changes_nothing(rng):
 def test_importance_equals_the_oracle_and_own_tokens_stay(rng):
     descriptors = tokens(rng, 4, 12, 8)
     for query in range(4):
-        g = token_importance(descriptors.float(), query)
+        g = token_importance(descriptors.float(), descriptors[query].float())
         assert oracles.relative_error(g, oracles.importance(descriptors, query)) < TOLERANCE
         kept = select_tokens(torch.full_like(g, 5.0), query, 1)  # every other token claims to matter more
         assert kept.tolist() == list(range(query * 12, query * 12 + 12))
@@ -72,6 +90,28 @@ def test_tiled_matching_equals_the_oracle(rng, tile):
     for frame in range(3):
         assert torch.equal(index[frame], oracles.nearest(query[frame], key[frame]))
         assert oracles.relative_error(similarity[frame], (query[frame] @ key[frame].T).max(1).values) < TOLERANCE
+
+
+def test_the_pool_of_keyframes_holds_no_more_than_it_may(rng, tmp_path):
+    maps = normalize(torch.randn(9, 8, 4, 6, generator=rng), dim=1)
+    writer = DescriptorWriter(tmp_path / "d.safetensors", maps.shape, "model", "clip", "made", torch.rand(9, 4, 3))
+    writer.write(list(range(9)), maps)
+    descriptors, keyframes = writer.close(), (0, 3, 4, 8)
+    one = maps[0].numel()
+    read, original = [], descriptors.stored
+    descriptors.stored = lambda frames, *args: (read.extend(frames), original(frames, *args))[1]
+    pool = KeyframePool(descriptors, keyframes, None, None, max_bytes=2 * one * 2 + 1, block_bytes=3 * one * 4)
+    assert pool.block == 3 and pool.size == (4, 6)
+    for rows in ([0, 1, 2], [3], [2, 1, 0]):
+        expected = descriptors.maps([keyframes[row] for row in rows])
+        read.clear()
+        assert torch.equal(pool.maps(rows), expected)
+    assert read == [4]  # the first two stay, the others are read again
+    plan = EditPlan(descriptors, Clips((0, 3, 4, 8), 9), KeyframeDraws())
+    for size in ((4, 6), (2, 3), (1, 2), (1, 1)):
+        kept = plan.kept(keyframes, 2, size)
+        assert torch.equal(kept, select_kv(descriptors.tokens(list(keyframes), size), 2))
+    assert plan.kept(keyframes, 4, (4, 6)) is None
 
 
 class DescriptorsInMemory:

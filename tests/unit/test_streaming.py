@@ -1,0 +1,118 @@
+"""Descriptors, clips, matches and selections of a long video take the memory of a short one's."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adaflow_pack.adaflow.descriptors import Descriptors, DescriptorWriter, resize_tokens
+from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
+from adaflow_pack.adaflow.picture import WIDEST, yt_picture
+from adaflow_pack.adaflow.plan import EditPlan, KeyframePool
+from adaflow_pack.adaflow.slimming import select_kv_by_blocks
+from tensor_memory import TensorMemory
+
+CHANNELS, SIZE, CLIP = 16, (6, 8), 10
+FRAME_BYTES = CHANNELS * SIZE[0] * SIZE[1] * 4  # of descriptors in float32
+
+
+def write(path: Path, frames: int, chunk: int = 8) -> Descriptors:
+    """Descriptors of shots of ``CLIP`` frames, each a fresh random map that drifts."""
+    writer = DescriptorWriter(path, (frames, CHANNELS, *SIZE), "model", "clip", "made", torch.zeros(frames, SIZE[0], 3))
+    shot = None
+    for start in range(0, frames, chunk):
+        numbers, maps = list(range(start, min(start + chunk, frames))), []
+        for number in numbers:
+            shot = torch.randn(CHANNELS, *SIZE) if number % CLIP == 0 else shot + 0.01 * torch.randn_like(shot)
+            maps.append(shot)
+        writer.write(numbers, torch.stack(maps))
+    return writer.close()
+
+
+def peak(work) -> int:
+    with TensorMemory() as measured:
+        work()
+    return measured.peak
+
+
+@pytest.fixture(scope="module")
+def short_and_long(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("descriptors")
+    return [write(folder / f"{frames}.safetensors", frames) for frames in (40, 400)]
+
+
+def test_writing_takes_a_chunk(tmp_path):
+    picture = SIZE[0] * 3 * 4  # a column of each frame is kept to be shown
+    peaks = [peak(lambda n=n: write(tmp_path / f"{n}.safetensors", n)) - n * picture for n in (40, 400)]
+    assert peaks[1] <= peaks[0] + FRAME_BYTES
+
+
+def test_cutting_takes_a_reference_and_a_few_frames(short_and_long):
+    def cut(descriptors):
+        clips = cut_clips(descriptors.tokens, descriptors.frames, SIZE, CutThresholds())
+        assert clips.starts == tuple(range(0, descriptors.frames, CLIP))
+
+    peaks = [peak(lambda d=d: cut(d)) for d in short_and_long]
+    assert peaks[1] == peaks[0] < 60 * FRAME_BYTES
+
+
+def test_matching_takes_a_group_of_frames_and_the_cache(short_and_long):
+    def match(descriptors):
+        clips = Clips(tuple(range(0, descriptors.frames, CLIP)), descriptors.frames)
+        plan = EditPlan(descriptors, clips, KeyframeDraws(), cache_bytes=20_000)
+        for start in range(0, descriptors.frames, 4):
+            frames = list(range(start, start + 4))
+            plan.matches(frames, tuple(clips.starts[clips.of(frame)] for frame in frames), SIZE)
+
+    peaks = [peak(lambda d=d: match(d)) for d in short_and_long]
+    assert peaks[1] <= peaks[0] + 20_000 < 80 * FRAME_BYTES
+
+
+def test_selecting_tokens_takes_a_pool_of_limited_size(short_and_long):
+    """Beyond the pool and two blocks only the result and the importance of a block's tokens grow with the keyframes."""
+
+    def select(descriptors, keyframes, pool_bytes):
+        pool = KeyframePool(descriptors, keyframes, None, None, pool_bytes, 4 * FRAME_BYTES)
+        select_kv_by_blocks(lambda rows: [resize_tokens(pool.maps(rows), SIZE)], len(keyframes), 2, pool.block)
+
+    _, descriptors = short_and_long
+    few, many = tuple(range(0, 400, 40)), tuple(range(0, 400, 5))
+    result = 2 * SIZE[0] * SIZE[1] * 4 * 3  # a keyframe's, in int32, beside the parts it is joined of
+    importance = 2 * 4 * SIZE[0] * SIZE[1] * 4  # a keyframe's token to those of a block, and a working copy
+    for pool_bytes in (0, 10 * FRAME_BYTES):
+        peaks = [peak(lambda k=k, b=pool_bytes: select(descriptors, k, b)) for k in (few, many)]
+        grown = (len(many) - len(few)) * (result + importance) + pool_bytes
+        assert peaks[1] - peaks[0] <= grown < len(many) * FRAME_BYTES
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
+def test_what_was_read_of_the_file_does_not_stay_in_the_process(tmp_path):
+    """Pages of a memory map count as the process's for as long as it is mapped."""
+    frames, shape, picture = 1500, (1500, 160, 24, 24), torch.zeros(1500, 24, 3)  # 276 MB
+    writer = DescriptorWriter(tmp_path / "large.safetensors", shape, "model", "clip", "made", picture)
+    writer._missing.clear()  # left empty: zeros
+    descriptors = writer.close()
+
+    def mapped() -> int:
+        return int(re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before = mapped()
+    for start in range(0, frames, 8):
+        descriptors.maps(list(range(start, min(start + 8, frames))))
+    assert mapped() - before < 50e6
+
+
+@pytest.mark.parametrize("frames", [1, 40, 5000, 30_000])
+def test_the_picture_of_a_long_video_is_no_wider_than_it_may_be(frames):
+    cut = frames // 2
+    clips = Clips((0, cut) if cut else (0,), frames)
+    columns = torch.zeros(frames, 4, 3)
+    columns[cut:] = 0.5
+    picture = yt_picture(columns, clips, (frames - 1,), height=8)
+    assert picture.shape[2] == {1: 16, 40: 640, 5000: 5000, 30_000: WIDEST}[frames]
+    if cut:
+        middle = picture.shape[2] // 2
+        assert picture[0, 18, middle].tolist() == pytest.approx([1.0, 64 / 255, 64 / 255])  # the line of the cut
+        before, after = picture[0, 20, middle // 2, 0], picture[0, 20, middle + middle // 2, 0]
+        assert before == 0 and after == pytest.approx(0.5, abs=0.01)
