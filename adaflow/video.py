@@ -1,28 +1,26 @@
 """Video files read as a stream: what a file holds, and a range of its frames decoded chunk by chunk.
 
-Nothing here holds more than one chunk of decoded frames, whatever the length of the clip.
+Nothing here holds more than two chunks of decoded frames, one in use and one ahead, whatever the length of the clip.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from .errors import InputError, require
-
-EXACT = 0x2000 | 0x40000
-"""swscale's full chroma interpolation and accurate rounding: without them colours come out 2/255 too dark."""
+from .video_decode import Scaler, ahead, decoded, first, frame_times, open_video, packet_times
 
 SHRINK_PRICE = 0.2
 """How much of an aspect error one e-fold of lost size is worth in :func:`fit_size`."""
+
+LONGEST_GAP = 60.0
+"""Seconds between two frames beyond which their times are taken for damaged."""
 
 
 @dataclass(frozen=True)
@@ -48,50 +46,6 @@ class VideoInfo:
     rotation: int
 
 
-@contextmanager
-def open_video(path: Path, where: str):
-    """Yield ``(container, video stream)`` of a file; raise :class:`InputError` if it is no video."""
-    path = Path(path)
-    require(path.is_file(), where, "file", f"'{path.name}', which does not exist", "an existing video file")
-    require(path.stat().st_size > 0, where, "file", f"'{path.name}', which is empty (0 bytes)", "a video file")
-    try:
-        container = av.open(str(path.resolve()), metadata_errors="replace")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        got = f"'{path.name}', which cannot be opened ({error.__class__.__name__})"
-        raise InputError(where, "file", got, "a whole video file: this is truncated, damaged or no video") from error
-    with container:
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams or streams[0].codec_context is None:
-            kind = "audio only" if container.streams.audio else "no picture stream"
-            raise InputError(where, "file", f"'{path.name}', which holds {kind}", "a file with a video stream")
-        yield container, streams[0]
-
-
-def _decoded(container, stream) -> Iterator[av.VideoFrame]:
-    """Every frame that decodes, in order; damaged packets are passed over, a damaged end ends the stream."""
-    stream.thread_type = "AUTO"
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets)
-        except StopIteration:
-            return
-        except av.FFmpegError:
-            yield from _flushed(stream)
-            return
-        try:
-            yield from packet.decode()
-        except av.FFmpegError:
-            continue
-
-
-def _flushed(stream) -> list[av.VideoFrame]:
-    try:
-        return stream.codec_context.decode(None)
-    except av.FFmpegError:
-        return []
-
-
 def _frame_rate(container, stream) -> Fraction | None:
     for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
         if rate:
@@ -109,7 +63,7 @@ def probe(path: str | Path, where: str = "probe") -> VideoInfo:
     """
     path = Path(path)
     with open_video(path, where) as (container, stream):
-        frame = next(_decoded(container, stream), None)
+        frame = next(decoded(container, stream), None)
         if frame is None:
             raise InputError(where, "file", f"'{path.name}', of which no frame decodes", "a video that can be read")
         rate = _frame_rate(container, stream)
@@ -160,6 +114,40 @@ def fit_size(width: int, height: int, size_limit: int, multiple: int = 64) -> tu
     return best[1]
 
 
+def rhythm(times: list[float | None], stated: Fraction) -> tuple[Fraction, np.ndarray | None]:
+    """Frames per second of frames shown at ``times``, and these times, from 0, if the frame rate varies.
+
+    Args:
+        times: of the frames in the order they are shown, seconds; where they are unusable, ``stated`` counts.
+        stated: frames per second, kept if no frame strays by more than half a frame from it.
+    """
+    if len(times) < 3 or not _usable(times):
+        return stated, None
+    passed = np.asarray(times) - times[0]
+    rate = Fraction(float((len(times) - 1) / passed[-1])).limit_denominator(1001)
+    for even in (stated, rate):
+        if np.abs(passed - np.arange(len(times)) / float(even)).max() <= 0.5 / even:
+            return even, None
+    return rate, passed
+
+
+def _usable(times: list[float | None]) -> bool:
+    if None in times:
+        return False
+    gaps = np.diff(times)
+    return bool((gaps > 0).all() and (gaps < LONGEST_GAP).all())
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What a clip's range holds: ``start`` in seconds after the file's first frame, the rest as the clip gives it."""
+
+    count: int
+    start: float
+    fps: Fraction
+    times: np.ndarray | None
+
+
 @dataclass
 class VideoClip:
     """A range of a video file's frames, resized, decoded when asked for.
@@ -179,7 +167,7 @@ class VideoClip:
     stride: int = 1
     size: tuple[int, int] | None = None
     where: str = "VideoClip"
-    _count: int | None = field(default=None, init=False, repr=False, compare=False)
+    _known: _Range | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         require(self.first_frame >= 0, self.where, "first_frame", self.first_frame, "0 or more")
@@ -200,8 +188,12 @@ class VideoClip:
 
     @property
     def fps(self) -> Fraction:
-        """Frames per second at which the clip plays as fast as its source."""
-        return self.info.fps / self.stride
+        """Frames per second at which the clip plays as fast as its source; the mean where the rate varies."""
+        return self._range().fps
+
+    def times(self) -> np.ndarray | None:
+        """Seconds of each frame after the clip's first, where the file's frame rate varies; None where it does not."""
+        return self._range().times
 
     @property
     def whole(self) -> bool:
@@ -211,7 +203,9 @@ class VideoClip:
 
     def audio_range(self) -> tuple[float, float]:
         """``(start, duration)`` in seconds from the file's first frame: the sound that belongs to the clip."""
-        return float(self.first_frame / self.info.fps), float(self.count() / self.fps)
+        known = self._range()
+        length = known.count / known.fps if known.times is None else known.times[-1] + 1 / known.fps
+        return known.start, float(length)
 
     def sub(self, first_frame: int = 0, frame_count: int = 0, stride: int = 1, size: tuple[int, int] | None = None):
         """A clip of this clip, in this clip's frame numbers. Raises :class:`InputError` if it does not lie within."""
@@ -244,24 +238,37 @@ class VideoClip:
         Raises:
             InputError: the range is not all there; says how many frames decode.
         """
-        if self._count is None:
-            self._count = self._measure()
-        return self._count
+        return self._range().count
 
-    def _measure(self) -> int:
+    def _range(self) -> _Range:
+        if self._known is None:
+            times = self._file_times()
+            count = self._count_in(len(times))
+            fps, uneven = rhythm(times[self.first_frame :: self.stride][:count], self.info.fps / self.stride)
+            before = times[: self.first_frame + 1]
+            start = before[-1] - before[0] if _usable(before) else float(self.first_frame / self.info.fps)
+            self._known = _Range(count, start, fps, uneven)
+        return self._known
+
+    def _file_times(self) -> list[float | None]:
+        """When the file's frames are shown, up to the range's last, in seconds; None for a time that is not stated."""
         wanted = self.first_frame + (self.frame_count - 1) * self.stride + 1 if self.frame_count else None
-        name = self.info.path.name
-        with open_video(self.info.path, self.where) as (container, stream):
-            held, sound = _packet_count(container, stream)
         declared = self.info.frame_count
-        if sound and held == declared:
-            total = held
-        else:
-            with open_video(self.info.path, self.where) as (container, stream):
-                total = sum(1 for _ in _first(_decoded(container, stream), wanted))
-            if wanted is None and declared and held < declared and "mov" in self.info.container:
-                got = f"'{name}', cut short: it declares {declared} frames, {total} of them decode"
-                raise InputError(self.where, "file", got, f"a whole file, or a frame_count of at most {total}")
+        with open_video(self.info.path, self.where) as (container, stream):
+            times, sound = packet_times(container, stream)
+        if sound and len(times) == declared:
+            return times if None in times else sorted(times)
+        held = len(times)
+        with open_video(self.info.path, self.where) as (container, stream):
+            times = frame_times(first(decoded(container, stream), wanted))
+        if wanted is None and declared and held < declared and "mov" in self.info.container:
+            got = f"'{self.info.path.name}', cut short: it declares {declared} frames, {len(times)} of them decode"
+            raise InputError(self.where, "file", got, f"a whole file, or a frame_count of at most {len(times)}")
+        return times
+
+    def _count_in(self, total: int) -> int:
+        """Frames in the range, of a file in which ``total`` frames decode."""
+        name = self.info.path.name
         got = f"{self.first_frame} of '{name}', in which {total} frames decode"
         require(self.first_frame < total, self.where, "first_frame", got, f"0 to {total - 1}")
         most = -(-(total - self.first_frame) // self.stride)
@@ -271,18 +278,21 @@ class VideoClip:
         return self.frame_count or most
 
     def frames(self, chunk: int) -> Iterator[np.ndarray]:
-        """Decode the clip in order: arrays (up to ``chunk``, height, width, 3), uint8 RGB.
+        """Decode the clip in order, a chunk ahead: arrays (up to ``chunk``, height, width, 3), uint8 RGB.
 
         Raises:
             InputError: fewer frames decode than :meth:`count` promised; says how many did.
         """
         require(chunk >= 1, self.where, "chunk", chunk, "1 or more")
+        yield from ahead(self._chunks(chunk))
+
+    def _chunks(self, chunk: int) -> Iterator[np.ndarray]:
         count, done = self.count(), 0
         batch = None
         last = self.first_frame + (count - 1) * self.stride
-        scaler = _Scaler(self.size)
+        scaler = Scaler(self.size)
         with open_video(self.info.path, self.where) as (container, stream):
-            for index, frame in enumerate(_first(_decoded(container, stream), last + 1)):
+            for index, frame in enumerate(first(decoded(container, stream), last + 1)):
                 if index < self.first_frame or (index - self.first_frame) % self.stride:
                     continue
                 if batch is None:
@@ -296,54 +306,3 @@ class VideoClip:
         if done < count:
             got = f"'{self.info.path.name}', of which {done} of the {count} frames asked for decode"
             raise InputError(self.where, "file", got, f"an undamaged file, or a frame_count of at most {done}")
-
-
-class _Scaler:
-    """Turns decoded frames into upright RGB arrays of one size, (height, width, 3) uint8."""
-
-    def __init__(self, size: tuple[int, int]):
-        self.size = size
-        self._reformatter = VideoReformatter()
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        turns = round(frame.rotation / 90) % 4
-        width, height = self.size if turns % 2 == 0 else self.size[::-1]
-        shrinks = width * height < frame.width * frame.height
-        method = Interpolation.AREA if shrinks else Interpolation.BICUBIC
-        full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-        rgb = self._reformatter.reformat(
-            frame,
-            width,
-            height,
-            "rgb24",
-            interpolation=method.value | EXACT,
-            dst_colorspace=Colorspace.DEFAULT,  # PyAV 14 ignores the frame's own where the two are equal,
-            src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,  # and its range unless it is named
-            dst_color_range=ColorRange.JPEG,
-        )
-        return np.rot90(rgb.to_ndarray(), turns)
-
-
-def _packet_count(container, stream) -> tuple[int, bool]:
-    """Packets in the stream, and whether each surely gives one shown frame (none marked damaged or to be dropped)."""
-    count, sound = 0, True
-    try:
-        for packet in container.demux(stream):
-            if packet.size:
-                count += 1
-                sound = sound and not (packet.is_corrupt or packet.is_discard)
-    except av.FFmpegError:
-        return count, False
-    return count, sound
-
-
-def _first(frames: Iterator, count: int | None) -> Iterator:
-    """The first ``count`` items; all for None. Unlike islice it does not ask for one more."""
-    if count is None:
-        yield from frames
-        return
-    for _ in range(count):
-        frame = next(frames, None)
-        if frame is None:
-            return
-        yield frame

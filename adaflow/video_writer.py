@@ -3,6 +3,7 @@
 import json
 import math
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,11 +14,15 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from .errors import InputError, require
-from .video import EXACT
 from .video_audio import AudioTrack
+from .video_decode import EXACT
 
 BT709 = 1
 MPEG_RANGE = 1
+FINE = Fraction(1, 90_000)
+"""Time base of a file whose frames are unevenly spaced."""
+PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
+"""What a user may choose in place of a codec's own; not every encoder takes each."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,17 @@ class Codec:
     worst_crf: int | None = None
     options: dict = field(default_factory=dict)
 
+    def pixel_formats(self) -> list[str]:
+        """Those that the encoder takes, its own first."""
+        known = {form.name for form in av.Codec(self.encoder, "w").video_formats or ()}
+        return [self.pixel_format, *(name for name in PIXEL_FORMATS if name in known and name != self.pixel_format)]
+
 
 CODECS = {
     "h264": Codec("libx264", "mp4", "mp4", "yuv420p", 51),
     "h265": Codec("libx265", "mp4", "mp4", "yuv420p", 51, {"x265-params": "log-level=error"}),
     "vp9": Codec("libvpx-vp9", "webm", "webm", "yuv420p", 63, {"row-mt": "1", "cpu-used": "3"}),
-    "prores": Codec("prores_ks", "mov", "mov", "yuv422p10le", None, {"profile": "3"}),
+    "prores": Codec("prores_ks", "mov", "mov", "yuv422p10le"),
     "ffv1": Codec("ffv1", "matroska", "mkv", "bgr0"),
 }
 
@@ -54,7 +64,8 @@ class VideoWriter:
         width, height: of the frames to come, in pixels.
         codec: a key of ``CODECS``; "ffv1" is lossless.
         quality: constant rate factor, 0 (best) to the codec's ``worst_crf``; ignored where the codec has none.
-        pixel_format: in place of the codec's own.
+        pixel_format: one of the codec's ``pixel_formats()``; None takes its own.
+        times: seconds of every frame to come after the first, increasing; None spaces them evenly.
         audio_source: a file whose sound is carried over.
         audio_range: ``(start, duration)`` of that sound in seconds; the video's own duration ends it too.
         metadata: text to text, or to anything JSON can hold.
@@ -74,6 +85,7 @@ class VideoWriter:
         codec: str = "h264",
         quality: int = 18,
         pixel_format: str | None = None,
+        times: Sequence[float] | None = None,
         audio_source: str | Path | None = None,
         audio_range: tuple[float, float] | None = None,
         metadata: dict | None = None,
@@ -89,6 +101,11 @@ class VideoWriter:
         worst = self._codec.worst_crf
         require(worst is None or 0 <= quality <= worst, where, "quality", quality, f"0 (best) to {worst} for {codec}")
         self._format = pixel_format or self._codec.pixel_format
+        known = self._codec.pixel_formats()
+        expected = f"one of {', '.join(known)} for {codec}"
+        require(self._format in known, where, "pixel_format", repr(pixel_format), expected)
+        self._levels = np.iinfo(np.uint16 if "10" in self._format else np.uint8)
+        self._times = times
         self._sound_length = audio_range[1] if audio_range else math.inf
         self._reformatter = VideoReformatter()
         self._track = None
@@ -117,6 +134,10 @@ class VideoWriter:
         stream = self._output.add_stream(self._codec.encoder, rate=self.fps, options=options)
         if self._codec.encoder == "libvpx-vp9":
             stream.bit_rate = 0
+        if self._times is not None:
+            stream.time_base = FINE
+            if self._codec.encoder.startswith("libx26"):
+                stream.max_b_frames = 0  # a frame coded ahead of its time makes the file's length come out short
         if self._codec.encoder == "libx265":
             stream.codec_context.codec_tag = "hvc1"
         stream.pix_fmt = self._format
@@ -141,20 +162,24 @@ class VideoWriter:
             f"(n, {self.height}, {self.width}, 3)",
         )
         for frame in frames:
-            self._encode(self._to_bytes(frame))
+            self._encode(self._quantised(frame))
 
-    def _to_bytes(self, frame: np.ndarray) -> np.ndarray:
-        if frame.dtype != np.uint8:
+    def _quantised(self, frame: np.ndarray) -> np.ndarray:
+        """The frame in as many levels as the pixel format needs, with even sides where it needs those."""
+        most = self._levels.max
+        if frame.dtype == np.uint8:
+            frame = frame * np.asarray(most // 255, self._levels.dtype)
+        else:
             if not np.isfinite(frame).all():
                 got = f"not finite (NaN or infinity) in frame {self.frames_written}"
                 raise InputError(self.where, "frames", got, "finite numbers in 0..1")
-            frame = (frame.astype(np.float32).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+            frame = (frame.astype(np.float32).clip(0, 1) * most + 0.5).astype(self._levels.dtype)
         if self._subsampled and (self.width % 2 or self.height % 2):
             frame = np.pad(frame, ((0, self.height % 2), (0, self.width % 2), (0, 0)), mode="edge")
         return np.ascontiguousarray(frame)
 
     def _encode(self, array: np.ndarray) -> None:
-        frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+        frame = av.VideoFrame.from_ndarray(array, format="rgb24" if self._levels.bits == 8 else "rgb48le")
         if self._format.startswith("yuv"):
             frame = self._reformatter.reformat(
                 frame,
@@ -166,13 +191,29 @@ class VideoWriter:
         else:
             frame = self._reformatter.reformat(frame, format=self._format)
         frame.pts, frame.time_base = self.frames_written, 1 / self.fps
-        self._output.mux(self._stream.encode(frame))
+        self._mux(self._stream.encode(frame))
         self.frames_written += 1
         if self._track is not None:
             self._track.feed(self._sound_end())
 
+    def _mux(self, packets) -> None:
+        for packet in packets:
+            if self._times is not None:
+                shown, end = self._time(packet.pts), self._time(packet.pts + 1)
+                packet.pts = packet.dts = round(shown / FINE)
+                packet.duration, packet.time_base = round(end / FINE) - packet.pts, FINE
+            self._output.mux(packet)
+
+    def _time(self, frame: int) -> float:
+        """Seconds from the first frame to frame ``frame``, or to the end of the one before."""
+        if self._times is None:
+            return float(frame / self.fps)
+        if frame < len(self._times):
+            return float(self._times[frame])
+        return float(self._times[frame - 1] + 1 / self.fps)
+
     def _sound_end(self) -> float:
-        return min(float(self.frames_written / self.fps), self._sound_length)
+        return min(self._time(self.frames_written), self._sound_length)
 
     def __enter__(self) -> "VideoWriter":
         return self
@@ -183,7 +224,7 @@ class VideoWriter:
             return
         try:
             require(self.frames_written > 0, self.where, "frames", "empty", "at least one frame")
-            self._output.mux(self._stream.encode(None))
+            self._mux(self._stream.encode(None))
             if self._track is not None:
                 self._track.finish(self._sound_end())
             self._output.close()

@@ -98,6 +98,7 @@ class AdaFlowVideo(Input.Video):
             clip.fps,
             clip.width,
             clip.height,
+            times=clip.times(),
             audio_source=clip.info.path if clip.info.has_audio else None,
             audio_range=clip.audio_range(),
             metadata=metadata,
