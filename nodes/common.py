@@ -9,7 +9,7 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..adaflow.errors import InputError, require, require_one_of
@@ -18,6 +18,33 @@ from .patching.preview import NodeText
 
 logger = logging.getLogger(__name__)
 RESUME = ["resume", "start afresh"]
+LONGEST_TEXT = 50_000
+
+
+def refusal(node: type[io.ComfyNode], **values) -> bool | str:
+    """For ``validate_inputs``: True, or which of ``values`` a widget of ``node`` does not take.
+
+    ComfyUI lets NaN through, and choices that are not in the list. It does not look at the inputs that
+    ``validate_inputs`` names; those that are wired arrive there as None.
+    """
+    schema = node.define_schema()
+    try:
+        for widget in schema.inputs:
+            if values.get(widget.id) is not None:
+                _require_value(widget, values[widget.id], schema.node_id)
+    except InputError as error:
+        return str(error)
+    return True
+
+
+def _require_value(widget: io.Input, value: object, where: str) -> None:
+    if isinstance(widget, io.Float.Input):
+        within = isinstance(value, (int, float)) and widget.min <= value <= widget.max
+        require(within, where, widget.id, value, f"a number from {widget.min:g} to {widget.max:g}")
+    elif isinstance(widget, io.Combo.Input):
+        require_one_of(value, widget.options, where, widget.id)
+    elif isinstance(widget, io.String.Input):
+        require(len(value) <= LONGEST_TEXT, where, widget.id, f"of {len(value)} characters", f"at most {LONGEST_TEXT}")
 
 
 def chunk_input(optional: bool = False) -> io.Int.Input:
@@ -132,14 +159,23 @@ def sample_edit(edit, settings, frames: tuple[int, ...], where: str, resume: str
 
 @contextmanager
 def disk_errors_explained(where: str):
-    """Turn the system's errors of writing files into one that says what to do; what was finished stays."""
+    """Turn the system's errors of reading and writing files into one that says what to do; what was finished stays."""
     try:
         yield
     except OSError as error:
         raise RuntimeError(
-            f"{where}: a file of the run could not be written or read ({error}). Free some disk space, or check that "
-            "ComfyUI may write to its output folder, and queue again: finished steps are kept"
+            f"{where}: a file could not be written or read ({error}). Free some disk space, or check that ComfyUI may "
+            "write to its output and temp folders, and queue again: what was finished is kept"
         ) from error
+
+
+def preview_picture(images: Tensor, node: type[io.ComfyNode]) -> ui.PreviewImage | None:
+    """Images to show on ``node``; none where they cannot be written, since the result does not hang on them."""
+    try:
+        return ui.PreviewImage(images, cls=node)
+    except OSError as error:
+        logger.warning("AdaFlow: the preview could not be written to ComfyUI's temp folder (%s)", error)
+        return None
 
 
 def remove_when_unused(owner) -> None:

@@ -21,6 +21,7 @@ from .common import (
     clip_latent,
     disk_errors_explained,
     middle_column,
+    refusal,
     resumable_run,
     resume_input,
 )
@@ -83,6 +84,11 @@ class AdaFlowDDIMInvert(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, precision=None, resume=None):
+        """Refuse before anything runs what ComfyUI does not check."""
+        return refusal(cls, precision=precision, resume=resume)
 
     @classmethod
     def execute(cls, model, source, latent, steps, precision="float16", chunk=0, resume=RESUME[0]) -> io.NodeOutput:

@@ -1,9 +1,9 @@
 """AdaFlowJointKeyframeEdit: the keyframes edited together, to look at before the whole clip is made."""
 
 import comfy.samplers
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from .common import RESUME, resume_input, sample_edit
+from .common import RESUME, preview_picture, refusal, resume_input, sample_edit
 from .patching.edit import Edit
 from .patching.evaluator import EditSettings
 from .patching.patch import deterministic_samplers
@@ -80,6 +80,14 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(
+        cls, cfg=None, sampler_name=None, scheduler=None, feature_share=None, attention_share=None, resume=None
+    ):
+        """Refuse before anything runs what ComfyUI does not check."""
+        shares = {"feature_share": feature_share, "attention_share": attention_share}
+        return refusal(cls, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, resume=resume, **shares)
+
+    @classmethod
     def execute(
         cls, model, positive, negative, trajectory, plan, steps, cfg, sampler_name, scheduler, seed,
         feature_share, attention_share, resume=RESUME[0],
@@ -92,4 +100,4 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
         edit.check(where)
         keyframes = sample_edit(edit, settings, plan.keyframes(0), where, resume)
         pictures = latent_rgb(model, keyframes).repeat_interleave(8, 1).repeat_interleave(8, 2)
-        return io.NodeOutput({"samples": keyframes}, edit, ui=ui.PreviewImage(pictures, cls=cls))
+        return io.NodeOutput({"samples": keyframes}, edit, ui=preview_picture(pictures, cls))

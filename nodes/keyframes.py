@@ -4,12 +4,13 @@ import re
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..adaflow.errors import InputError, require_one_of
 from ..adaflow.keyframes import LOOKAHEAD, Clips, CutThresholds, KeyframeDraws, cut_clips
 from ..adaflow.picture import yt_picture
 from ..adaflow.plan import EditPlan
+from .common import preview_picture, refusal
 from .patching.memory import halved
 from .types import CATEGORY, Descriptors, Plan
 
@@ -22,9 +23,9 @@ def parse_schedule(text: str, where: str) -> tuple[tuple[int, ...], ...]:
     Raises:
         InputError: anything else than whole numbers, commas and semicolons.
     """
-    if not re.fullmatch(r"[\d\s,;]*", text):
+    if not re.fullmatch(r"[0-9\s,;]*", text) or re.search(r"[0-9]{10}", text):
         raise InputError(where, "schedule", repr(text[:80]), "frame numbers like 0, 40, 95; 3, 42, 90 (one set a step)")
-    steps = [[int(number) for number in re.findall(r"\d+", step)] for step in re.split(r"[;\n]", text)]
+    steps = [[int(number) for number in re.findall(r"[0-9]+", step)] for step in re.split(r"[;\n]", text)]
     return tuple(tuple(step) for step in steps if step)
 
 
@@ -98,6 +99,21 @@ class AdaFlowKeyframeSelect(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, mean_threshold=None, window_threshold=None, draw_mode=None, schedule=None):
+        """Refuse before anything runs what ComfyUI does not check."""
+        try:
+            parse_schedule(schedule or "", "AdaFlowKeyframeSelect")
+        except InputError as error:
+            return str(error)
+        return refusal(
+            cls,
+            mean_threshold=mean_threshold,
+            window_threshold=window_threshold,
+            draw_mode=draw_mode,
+            schedule=schedule,
+        )
+
+    @classmethod
     def execute(
         cls, descriptors, mean_threshold, window_threshold, max_clip, draw_mode, seed, schedule=""
     ) -> io.NodeOutput:
@@ -123,7 +139,7 @@ class AdaFlowKeyframeSelect(io.ComfyNode):
         except ValueError as error:
             raise InputError(where, "schedule", f"{schedule!r}: {error}", "one keyframe in each clip") from error
         picture = yt_picture(descriptors.slice_rgb(), clips, plan.keyframes(0))
-        return io.NodeOutput(plan, picture, len(clips), ui=ui.PreviewImage(picture, cls=cls))
+        return io.NodeOutput(plan, picture, len(clips), ui=preview_picture(picture, cls))
 
 
 def _cut(descriptors, thresholds: CutThresholds, device, on_progress) -> Clips:

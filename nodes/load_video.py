@@ -15,6 +15,7 @@ from .types import CATEGORY
 NODE = "AdaFlow Load Video"
 UNWIRED = object()
 MOST_FRAMES = 1_000_000
+LONGEST_NAME = 1000  # characters, folders included
 
 
 def input_videos() -> list[str]:
@@ -31,7 +32,8 @@ def confined_path(name: str) -> Path:
         InputError: it does not exist, or lies (after links are followed) outside ComfyUI's folders.
     """
     inside = "the name of a video in ComfyUI's input folder"
-    require(isinstance(name, str) and name.strip() and "\0" not in name, NODE, "file", repr(name), inside)
+    sound = isinstance(name, str) and name.strip() and "\0" not in name and len(name) <= LONGEST_NAME
+    require(sound, NODE, "file", repr(name)[:80], inside)
     plain, folder = folder_paths.annotated_filepath(name)
     plain = plain.strip()
     require(".." not in PurePath(plain.replace("\\", "/")).parts, NODE, "file", f"'{name}', which has '..'", inside)

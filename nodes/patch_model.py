@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from .common import refusal
 from .joint_edit import share_inputs
 from .patching.evaluator import EditSettings
 from .patching.patch import patch_edit
@@ -33,6 +34,11 @@ class AdaFlowPatchModel(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The patched model.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, feature_share=None, attention_share=None):
+        """Refuse before anything runs what ComfyUI does not check."""
+        return refusal(cls, feature_share=feature_share, attention_share=attention_share)
 
     @classmethod
     def execute(

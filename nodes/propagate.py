@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from .common import RESUME, chunk_input, resume_input, sample_edit
+from .common import RESUME, chunk_input, refusal, resume_input, sample_edit
 from .types import CATEGORY, Edit
 
 
@@ -39,6 +39,11 @@ class AdaFlowTokenPropagate(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="Every frame, edited: for AdaFlow Save Video.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, resume=None):
+        """Refuse before anything runs what ComfyUI does not check."""
+        return refusal(cls, resume=resume)
 
     @classmethod
     def execute(cls, edit, interpolation, chunk, resume=RESUME[0]) -> io.NodeOutput:

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import comfy.model_management
 import comfy.utils
@@ -16,6 +16,7 @@ from comfy_api.latest import InputImpl, io, ui
 from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.video import VideoClip
 from ..adaflow.video_writer import CODECS, VideoWriter
+from .common import disk_errors_explained, refusal
 from .encode_video import auto_chunk, require_finite, require_image_vae
 from .lazy_video import clip_of
 from .patching.vae import ChunkedVAE
@@ -24,6 +25,7 @@ from .types import CATEGORY
 NODE = "AdaFlow Save Video"
 MAX_FPS = 1000.0
 DEFAULT_QUALITY = 18
+LONGEST_PREFIX = 200  # characters
 
 
 def _decoded(samples: torch.Tensor, vae, chunk: int) -> Iterator[torch.Tensor]:
@@ -154,7 +156,21 @@ class AdaFlowSaveVideo(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, fps=None, codec=None, filename_prefix=None):
+        """Refuse before anything runs what ComfyUI does not check."""
+        try:
+            require_inside(filename_prefix or "")
+        except InputError as error:
+            return str(error)
+        return refusal(cls, fps=fps, codec=codec, filename_prefix=filename_prefix)
+
+    @classmethod
     def execute(cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0) -> io.NodeOutput:
+        with disk_errors_explained(NODE):
+            return cls._save(frames, fps, codec, quality, filename_prefix, vae, source, chunk)
+
+    @classmethod
+    def _save(cls, frames, fps, codec, quality, filename_prefix, vae, source, chunk) -> io.NodeOutput:
         require_one_of(codec, CODECS, NODE, "codec")
         require(0.0 <= fps <= MAX_FPS, NODE, "fps", fps, f"0 (the source's) to {MAX_FPS:g} frames per second")
         clip = clip_of(source, NODE, "source") if source is not None else None
@@ -195,13 +211,26 @@ class AdaFlowSaveVideo(io.ComfyNode):
         return {key: json.dumps(value) for key, value in known.items()}
 
 
+def require_inside(prefix: str) -> None:
+    """Raise :class:`InputError` unless files of that prefix lie, links followed, in ComfyUI's output folder."""
+    parts, got = PurePath(prefix.replace("\\", "/")).parts, repr(prefix[:80])
+    sound = "\0" not in prefix and ".." not in parts and len(prefix) <= LONGEST_PREFIX
+    output = Path(folder_paths.get_output_directory()).resolve()
+    inside = sound and output.joinpath(*parts).parent.resolve().is_relative_to(output)
+    expected = f"a name inside ComfyUI's output folder, of at most {LONGEST_PREFIX} characters"
+    require(inside, NODE, "filename_prefix", got, expected)
+
+
 def _target(prefix: str, extension: str, width: int, height: int) -> tuple[Path, str]:
     """``(path, subfolder)`` of the next free file under ComfyUI's output folder."""
+    require_inside(prefix)
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory(), width, height
         )
+    except OSError:
+        raise
     except Exception as error:
-        expected = "a name that stays inside ComfyUI's output folder"
+        expected = "a name inside ComfyUI's output folder"
         raise InputError(NODE, "filename_prefix", repr(prefix), expected) from error
     return Path(folder) / f"{name}_{counter:05}_.{extension}", subfolder

@@ -5,6 +5,7 @@ import torch
 from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.nodes.descriptors import AdaFlowExtractDescriptors
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
+from adaflow_pack.nodes.save_video import AdaFlowSaveVideo
 from adaflow_pack.nodes.slim import AdaFlowSlimAttention
 from graph import Graph, plain_euler, select
 from models import clip_latent, small_model
@@ -182,6 +183,20 @@ def test_no_room_on_the_disk(graph, monkeypatch, comfy_folders):
     with refuses("AdaFlowDDIMInvert", "latent", "GB of disk", "fewer frames or steps"):
         AdaFlowDDIMInvert.execute(graph.model, graph.source, {"samples": graph.latent}, 2)
     assert not list(comfy_folders.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("prefix", ["../x", "/tmp/x", "a/../../x", "leak/x", "leak/new/x", "a\0b", "x" * 5000])
+def test_a_file_name_that_leads_out_of_the_output_folder(prefix, comfy_folders, tmp_path):
+    """Also where it is wired, so that ComfyUI cannot show it to the node before the prompt runs."""
+    leak = comfy_folders / "output" / "leak"
+    leak.symlink_to(tmp_path)
+    before = set(comfy_folders.rglob("*"))
+    try:
+        with refuses("AdaFlow Save Video", "filename_prefix", "a name inside ComfyUI's output folder"):
+            AdaFlowSaveVideo.execute(torch.zeros(1, 8, 8, 3), 8.0, "h264", 18, prefix)
+    finally:
+        leak.unlink()
+    assert not list(tmp_path.iterdir()) and set(comfy_folders.rglob("*")) == before - {leak}
 
 
 def test_descriptors_of_the_published_setting_resemble_the_free_ones(graph):
