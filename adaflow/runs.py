@@ -89,7 +89,7 @@ class Run:
         try:
             mark = self._mark(name)
             whole = mark == self._marks.get(name) or checksum(self.path(name)) == self._files.get(name)
-        except OSError:
+        except FileNotFoundError:
             whole = False
         if not whole:
             raise DamagedRunError(

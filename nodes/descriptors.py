@@ -8,7 +8,14 @@ from ..adaflow.descriptors import DescriptorWriter
 from ..adaflow.errors import require
 from ..adaflow.runs import digest
 from ..adaflow.trajectory import clip_fingerprint, tensor_bytes
-from .common import chunk_input, clip_latent, middle_column, remove_when_unused, temporary_file
+from .common import (
+    chunk_input,
+    clip_latent,
+    disk_errors_explained,
+    middle_column,
+    remove_when_unused,
+    temporary_file,
+)
 from .patching.families import model_signature
 from .patching.fingerprint import fingerprint, model_fingerprint
 from .patching.inversion import descriptor_channels, extract_descriptors, zero_conditioning
@@ -74,31 +81,32 @@ class AdaFlowExtractDescriptors(io.ComfyNode):
         number = None if block < 0 else block
         shape = (samples.shape[0], descriptor_channels(model, where, number), *samples.shape[2:])
         text = NodeText(where)
-        path = temporary_file("descriptors", tensor_bytes(shape, torch.float16), where, text)
         prompt, clip = empty_prompt or zero_conditioning(model), clip_fingerprint(samples)
         made_by = digest({"weights": model_fingerprint(model), "clip": clip, "prompt": fingerprint(prompt),
             "settings": [time, ensemble, block, seed]})  # fmt: skip
         picture = latent_rgb(model, middle_column(samples))
-        writer = DescriptorWriter(path, shape, signature, clip, made_by, picture)
         progress = comfy.utils.ProgressBar(samples.shape[0])
-        try:
-            extract_descriptors(
-                model,
-                prompt,
-                samples,
-                time,
-                ensemble,
-                seed,
-                writer,
-                where,
-                text,
-                number,
-                chunk,
-                progress.update_absolute,
-            )
-            descriptors = writer.close()
-        except BaseException:
-            writer.discard()
-            raise
+        with disk_errors_explained(where):
+            path = temporary_file("descriptors", tensor_bytes(shape, torch.float16), where, text)
+            writer = DescriptorWriter(path, shape, signature, clip, made_by, picture)
+            try:
+                extract_descriptors(
+                    model,
+                    prompt,
+                    samples,
+                    time,
+                    ensemble,
+                    seed,
+                    writer,
+                    where,
+                    text,
+                    number,
+                    chunk,
+                    progress.update_absolute,
+                )
+                descriptors = writer.close()
+            except BaseException:
+                writer.discard()
+                raise
         remove_when_unused(descriptors)
         return io.NodeOutput(descriptors)
