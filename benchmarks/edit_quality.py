@@ -312,7 +312,9 @@ def run_part(arguments: argparse.Namespace, options: Options, folder: Path) -> N
         found, rows = Editing(source, task).run(settings)
         write_json(piece, {"about": about, **found})
         if arguments.sheets:
-            write_sheet(arguments.sheets / f"{task.name}.png", rows, " -> ".join(task.captions()))
+            title, short = " -> ".join(task.captions()), ("source", f"AdaFlow, budget {options.budgets[0]}", "truth")
+            write_sheet(arguments.sheets / f"{task.name}.png", rows, title)
+            write_sheet(arguments.sheets / f"{task.name}-short.png", {name: rows[name] for name in short}, title)
         took = time.perf_counter() - started
         print(f"{task.name}: {took:.1f} s, before the edits {inverted:.1f} s; {task.captions()[1]}", flush=True)
 

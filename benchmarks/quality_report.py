@@ -68,7 +68,8 @@ def read_pieces(folder: Path) -> tuple[dict, list[dict]]:
     expected = about[0]["options"]["clips"] * len(about[0]["options"]["edits"])
     if len(pieces) != expected:
         raise SystemExit(f"{folder} holds {len(pieces)} of {expected} pieces: run the other parts")
-    return about[0], pieces
+    order = about[0]["options"]["edits"]
+    return about[0], sorted(pieces, key=lambda piece: (piece["clip"], order.index(piece["edit"])))
 
 
 def values_of(pieces: list[dict], setting: str, measure: str) -> list[float]:
@@ -163,7 +164,7 @@ def plot(pieces: list[dict], path: Path) -> None:
             marker = "*" if setting == CEILING else "s" if "interpolated" in setting else "o"
             at, colour = ratio(chosen, setting, "warping", TRUTH), PLOT_COLOURS[number % len(PLOT_COLOURS)]
             panel.errorbar(at, fmean(values), error, fmt=marker, color=colour, label=setting, markersize=8, capsize=2)
-        panel.set_title(f"{edit}, {len(chosen)} clips")
+        panel.set_title(f"{edit} ({len(chosen)})")
         panel.set_xlabel("warping error, truth's = 1")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("PSNR to the truth, dB")
