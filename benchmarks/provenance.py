@@ -10,8 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def commit() -> str:
     """Of the working tree, or "unknown" where it is no clone."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return "unknown" if found.returncode else found.stdout.strip()
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def machine() -> dict[str, str]:
