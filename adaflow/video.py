@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from .errors import InputError, require
-from .video_decode import Scaler, ahead, decoded, first, frame_times, open_video, packet_times
+from .video_decode import Scaler, ahead, decoded, first, frame_times, open_video, packet_times, sound_of
 
 SHRINK_PRICE = 0.2
 """How much of an aspect error one e-fold of lost size is worth in :func:`fit_size`."""
@@ -82,7 +82,7 @@ def probe(path: str | Path, where: str = "probe") -> VideoInfo:
             height=height,
             frame_count=stream.frames or None,
             fps=rate,
-            has_audio=bool(container.streams.audio),
+            has_audio=sound_of(container) is not None,
             codec=stream.codec_context.name,
             pixel_format=frame.format.name,
             container=container.format.name,

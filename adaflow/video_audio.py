@@ -7,6 +7,7 @@ import av
 import numpy as np
 
 from .errors import InputError
+from .video_decode import sound_of
 
 COPIED = {
     "mp4": {"aac", "mp3", "mp3float", "ac3", "eac3", "alac"},
@@ -67,7 +68,7 @@ class AudioTrack:
             raise InputError(where, "audio", got, "a readable video file") from error
         self._output = output
         self._encoder = self._waiting = None
-        stream = next(iter(self._input.streams.audio), None)
+        stream = sound_of(self._input)
         self._packets = iter(())
         if stream is None:
             return
@@ -149,7 +150,7 @@ def read_audio(path: str | Path, start: float = 0.0, duration: float | None = No
         ``(samples (channels, time) float32, sample rate)``, or None where there is no sound.
     """
     with av.open(str(Path(path).resolve()), metadata_errors="replace") as container:
-        stream = next(iter(container.streams.audio), None)
+        stream = sound_of(container)
         if stream is None:
             return None
         start += _video_start(container)

@@ -35,6 +35,11 @@ def open_video(path: Path, where: str):
         yield container, streams[0]
 
 
+def sound_of(container):
+    """The first sound stream that can be decoded, or None."""
+    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
+
+
 def decoded(container, stream) -> Iterator[av.VideoFrame]:
     """Every frame that decodes, in order; damaged packets are passed over, a damaged end ends the stream."""
     stream.thread_type = "AUTO"

@@ -9,7 +9,7 @@ from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.adaflow.video import LONGEST_GAP, VideoClip, probe, rhythm
 from adaflow_pack.adaflow.video_audio import read_audio
 from adaflow_pack.adaflow.video_writer import CODECS, VideoWriter
-from video_files import RATE, assert_levels, decode, frames_for, frequency, grey, level, make, set_matrix, tone
+from video_files import assert_levels, decode, frames_for, frequency, grey, level, make, packets, set_matrix, sounding
 
 UNEVEN = [0, 100, 150, 400, 420, 900, 1000, 1100, 1800, 1900]  # milliseconds
 
@@ -175,30 +175,6 @@ def test_ten_bits_hold_more_than_256_levels(tmp_path):
 
 
 # --- Sound
-
-
-def sounding(path, sound, frames=30) -> list[bytes]:
-    """Packets of the sound of a file made at ``path``, its picture the codec that the container takes."""
-    make(path, frames=frames, codec="libvpx" if path.suffix == ".webm" else "libx264", sound=None)
-    silent = path.with_stem("silent")
-    path.rename(silent)
-    with av.open(str(silent)) as given, av.open(str(path), "w") as output:
-        picture = output.add_stream_from_template(given.streams.video[0])
-        track = output.add_stream(sound, rate=48000 if "opus" in sound else RATE, layout="mono")
-        for packet in given.demux(video=0):
-            if packet.size:
-                packet.stream = picture
-                output.mux(packet)
-        frame = av.AudioFrame.from_ndarray(tone(frames / 10), "flt", "mono")
-        frame.sample_rate, frame.pts = RATE, 0
-        output.mux(track.encode(frame))
-        output.mux(track.encode(None))
-    return packets(path)
-
-
-def packets(path) -> list[bytes]:
-    with av.open(str(path)) as container:
-        return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
 
 
 @pytest.mark.parametrize(

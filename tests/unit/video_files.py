@@ -97,3 +97,27 @@ def set_matrix(path, a, b, c, d) -> None:
     assert struct.unpack_from(">9i", data, at) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     struct.pack_into(">9i", data, at, a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
+
+
+def sounding(path, sound, frames=30) -> list[bytes]:
+    """Packets of the sound of a file made at ``path``, its picture the codec that the container takes."""
+    make(path, frames=frames, codec="libvpx" if path.suffix == ".webm" else "libx264", sound=None)
+    silent = path.with_stem("silent")
+    path.rename(silent)
+    with av.open(str(silent)) as given, av.open(str(path), "w") as output:
+        picture = output.add_stream_from_template(given.streams.video[0])
+        track = output.add_stream(sound, rate=48000 if "opus" in sound else RATE, layout="mono")
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = picture
+                output.mux(packet)
+        frame = av.AudioFrame.from_ndarray(tone(frames / 10), "flt", "mono")
+        frame.sample_rate, frame.pts = RATE, 0
+        output.mux(track.encode(frame))
+        output.mux(track.encode(None))
+    return packets(path)
+
+
+def packets(path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
