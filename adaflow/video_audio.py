@@ -29,6 +29,7 @@ COPIED = {
 }
 ENCODERS = {"mp4": "aac", "mov": "aac", "webm": "libopus", "matroska": "libopus"}
 SAMPLE_RATE = 48000
+DAMAGE = (av.FFmpegError, ValueError)  # the latter from PyAV, of what it does not take
 
 
 def _video_start(container) -> float:
@@ -93,7 +94,7 @@ class AudioTrack:
                     return
                 self._output.mux(self._waiting)
                 self._waiting = None
-        except av.FFmpegError as error:
+        except DAMAGE as error:
             logging.warning("AdaFlow: the sound of '%s' ends at %.2f s: %s", self._source.name, until, error)
             self._packets, self._waiting = iter(()), None
 
@@ -124,6 +125,11 @@ class AudioTrack:
             yield packet
 
     def _encoded(self, stream):
+        wanted = self._encoder.codec_context
+        for frame in _uniform(self._cut(stream), wanted.layout, SAMPLE_RATE):
+            yield from self._encoder.encode(frame)
+
+    def _cut(self, stream):
         shift = None
         for frame in self._input.decode(stream):
             if frame.pts is None or float(frame.pts * frame.time_base) + frame.samples / frame.rate / 2 < self._start:
@@ -131,7 +137,20 @@ class AudioTrack:
             if shift is None:
                 shift = min(frame.pts, round(self._start / frame.time_base))
             frame.pts -= shift
-            yield from self._encoder.encode(frame)
+            yield frame
+
+
+def _uniform(frames, layout, rate: int):
+    """Sound frames as interleaved float32 of one layout and rate, even if a stream changes half-way, damaged or not.
+
+    Not as planes: PyAV reads past their list where a frame has more than eight channels, and crashes.
+    """
+    kind = resampler = None
+    for frame in frames:
+        if kind != (frame.format.name, frame.layout.name, frame.sample_rate):
+            kind = frame.format.name, frame.layout.name, frame.sample_rate
+            resampler = av.AudioResampler(format="flt", layout=layout, rate=rate)
+        yield from resampler.resample(frame)
 
 
 def _middle(packet) -> float:
@@ -154,18 +173,18 @@ def read_audio(path: str | Path, start: float = 0.0, duration: float | None = No
         if stream is None:
             return None
         start += _video_start(container)
-        rate, pieces, origin = stream.codec_context.sample_rate, [], None
-        resampler = av.AudioResampler(format="fltp", layout=stream.codec_context.layout, rate=rate)
+        codec = stream.codec_context
+        rate, channels, pieces, origin = codec.sample_rate, codec.layout.nb_channels, [], None
         _seek(container, start)
         try:
-            for frame in container.decode(stream):
+            for frame in _uniform(container.decode(stream), codec.layout, rate):
                 time = float(frame.pts * frame.time_base) if frame.pts is not None else None
                 if origin is None:
                     origin = time or 0.0
                 if duration is not None and time is not None and time > start + duration:
                     break
-                pieces.extend(piece.to_ndarray() for piece in resampler.resample(frame))
-        except av.FFmpegError as error:
+                pieces.append(frame.to_ndarray().reshape(-1, channels).T)
+        except DAMAGE as error:
             logging.warning("AdaFlow: the sound of '%s' is damaged: %s", Path(path).name, error)
     if not pieces:
         return None

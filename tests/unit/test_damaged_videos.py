@@ -22,7 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SEEDS, FRAMES = 300, 24
 PATIENCE = 30.0  # seconds for one file
 MOST_ADDRESSES, MOST_MEMORY = 4 << 30, 400e6
-SOUND = {"a.mp4": "aac", "b.mkv": "flac", "c.webm": "libopus", "d.mov": "pcm_s16le"}
+SOUND = {
+    "a.mp4": ("aac", "mono"),
+    "b.mkv": ("flac", "mono"),
+    "c.webm": ("libopus", "stereo"),
+    "d.mov": ("pcm_s16le", "stereo"),
+    "e.mkv": ("aac", "hexadecagonal"),  # 16 channels
+}
 
 
 class Reader:
@@ -77,11 +83,11 @@ def damaged(source: Path, others: list[Path], seed: int) -> bytes:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("sources")
-    for name, sound in SOUND.items():
-        sounding(folder / name, sound, FRAMES)
-    make(folder / "e.gif", FRAMES, codec="gif", pix_fmt="rgb8")
-    indexed = make(folder / "f.mp4", FRAMES, options={"g": "6"}, container={"moov_size": "4000"})  # the index first
-    return [*(folder / name for name in SOUND), folder / "e.gif", indexed]
+    for name, (codec, layout) in SOUND.items():
+        sounding(folder / name, codec, FRAMES, layout)
+    gif = make(folder / "f.gif", FRAMES, codec="gif", pix_fmt="rgb8")
+    indexed = make(folder / "g.mp4", FRAMES, options={"g": "6"}, container={"moov_size": "4000"})  # the index first
+    return [*(folder / name for name in SOUND), gif, indexed]
 
 
 @pytest.fixture

@@ -99,19 +99,20 @@ def set_matrix(path, a, b, c, d) -> None:
     path.write_bytes(data)
 
 
-def sounding(path, sound, frames=30) -> list[bytes]:
+def sounding(path, sound, frames=30, layout="mono") -> list[bytes]:
     """Packets of the sound of a file made at ``path``, its picture the codec that the container takes."""
     make(path, frames=frames, codec="libvpx" if path.suffix == ".webm" else "libx264", sound=None)
     silent = path.with_stem("silent")
     path.rename(silent)
     with av.open(str(silent)) as given, av.open(str(path), "w") as output:
         picture = output.add_stream_from_template(given.streams.video[0])
-        track = output.add_stream(sound, rate=48000 if "opus" in sound else RATE, layout="mono")
+        track = output.add_stream(sound, rate=48000 if "opus" in sound else RATE, layout=layout)
         for packet in given.demux(video=0):
             if packet.size:
                 packet.stream = picture
                 output.mux(packet)
-        frame = av.AudioFrame.from_ndarray(tone(frames / 10), "flt", "mono")
+        channels = av.AudioLayout(layout).nb_channels
+        frame = av.AudioFrame.from_ndarray(tone(frames / 10).repeat(channels, 1), "flt", layout)
         frame.sample_rate, frame.pts = RATE, 0
         output.mux(track.encode(frame))
         output.mux(track.encode(None))
