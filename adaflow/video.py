@@ -14,7 +14,7 @@ import av
 import numpy as np
 
 from .errors import InputError, require
-from .video_decode import Scaler, ahead, decoded, first, frame_times, open_video, packet_times, sound_of
+from .video_decode import Scaler, ahead, decoded, first, frame_times, open_video, packet_times, sound_of, start_of
 
 SHRINK_PRICE = 0.2
 """How much of an aspect error one e-fold of lost size is worth in :func:`fit_size`."""
@@ -86,7 +86,7 @@ def probe(path: str | Path, where: str = "probe") -> VideoInfo:
             codec=stream.codec_context.name,
             pixel_format=frame.format.name,
             container=container.format.name,
-            start=float((stream.start_time or 0) * stream.time_base),
+            start=start_of(stream),
             rotation=rotation,
         )
 

@@ -7,7 +7,7 @@ import av
 import numpy as np
 
 from .errors import InputError
-from .video_decode import sound_of
+from .video_decode import seconds, sound_of, start_of
 
 COPIED = {
     "mp4": {"aac", "mp3", "mp3float", "ac3", "eac3", "alac"},
@@ -35,13 +35,13 @@ DAMAGE = (av.FFmpegError, ValueError)  # the latter from PyAV, of what it does n
 def _video_start(container) -> float:
     """Time of the file's first video frame, in seconds: what ranges count from."""
     stream = next(iter(container.streams.video), None)
-    return float(stream.start_time * stream.time_base) if stream is not None and stream.start_time else 0.0
+    return start_of(stream) if stream is not None else 0.0
 
 
-def _seek(container, seconds: float) -> None:
-    if seconds > 2:
+def _seek(container, time: float) -> None:
+    if time > 2:
         try:
-            container.seek(int((seconds - 1) * av.time_base))
+            container.seek(int((time - 1) * av.time_base))
         except av.FFmpegError:
             container.seek(0)
 
@@ -132,7 +132,8 @@ class AudioTrack:
     def _cut(self, stream):
         shift = None
         for frame in self._input.decode(stream):
-            if frame.pts is None or float(frame.pts * frame.time_base) + frame.samples / frame.rate / 2 < self._start:
+            time = seconds(frame)
+            if time is None or time + frame.samples / frame.rate / 2 < self._start:
                 continue
             if shift is None:
                 shift = min(frame.pts, round(self._start / frame.time_base))
@@ -178,7 +179,7 @@ def read_audio(path: str | Path, start: float = 0.0, duration: float | None = No
         _seek(container, start)
         try:
             for frame in _uniform(container.decode(stream), codec.layout, rate):
-                time = float(frame.pts * frame.time_base) if frame.pts is not None else None
+                time = seconds(frame)
                 if origin is None:
                     origin = time or 0.0
                 if duration is not None and time is not None and time > start + duration:

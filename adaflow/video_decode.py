@@ -37,7 +37,7 @@ def open_video(path: Path, where: str):
 
 def sound_of(container):
     """The first sound stream that can be decoded, or None."""
-    return next((stream for stream in container.streams.audio if stream.codec_context is not None), None)
+    return next((stream for stream in container.streams.audio if stream.codec_context and stream.time_base), None)
 
 
 def decoded(container, stream) -> Iterator[av.VideoFrame]:
@@ -67,7 +67,7 @@ def packet_times(container, stream) -> tuple[list[float | None], bool]:
     try:
         for packet in container.demux(stream):
             if packet.size:
-                times.append(_seconds(packet))
+                times.append(seconds(packet))
                 sound = sound and not (packet.is_corrupt or packet.is_discard)
     except av.FFmpegError:
         sound = False
@@ -76,11 +76,17 @@ def packet_times(container, stream) -> tuple[list[float | None], bool]:
 
 def frame_times(frames: Iterator[av.VideoFrame]) -> list[float | None]:
     """Times of decoded frames in seconds; None for one that has none."""
-    return [_seconds(frame) for frame in frames]
+    return [seconds(frame) for frame in frames]
 
 
-def _seconds(timed) -> float | None:
-    return None if timed.pts is None else float(timed.pts * timed.time_base)
+def seconds(timed) -> float | None:
+    """Time of a packet or frame; None where it has none, as in a damaged file."""
+    return float(timed.pts * timed.time_base) if timed.pts is not None and timed.time_base else None
+
+
+def start_of(stream) -> float:
+    """Time of a stream's first frame as the file states it, seconds; 0 where it does not."""
+    return float(stream.start_time * stream.time_base) if stream.start_time and stream.time_base else 0.0
 
 
 def _flushed(stream) -> list[av.VideoFrame]:

@@ -1,6 +1,7 @@
 """The kinds of files that users have: uneven frame rates, containers, pixel formats, alpha, every sort of sound."""
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.adaflow.video import LONGEST_GAP, VideoClip, probe, rhythm
 from adaflow_pack.adaflow.video_audio import read_audio
+from adaflow_pack.adaflow.video_decode import seconds
 from adaflow_pack.adaflow.video_writer import CODECS, VideoWriter
 from video_files import assert_levels, decode, frames_for, frequency, grey, level, make, packets, set_matrix, sounding
 
@@ -86,6 +88,12 @@ def test_rounded_times_are_not_uneven_and_a_misstated_rate_is_measured(tmp_path)
 )
 def test_where_times_are_unusable_the_stated_rate_counts(times):
     assert rhythm(times, Fraction(25)) == (25, None)
+
+
+def test_a_frame_without_a_time_has_none():
+    """Damaged files have frames of which the number is known but not the time base."""
+    times = [(3, Fraction(1, 4)), (None, Fraction(1, 4)), (3, None)]
+    assert [seconds(SimpleNamespace(pts=pts, time_base=base)) for pts, base in times] == [0.75, None, None]
 
 
 # --- Containers, codecs, pixel formats
