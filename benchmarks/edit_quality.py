@@ -329,7 +329,7 @@ def parse() -> tuple[argparse.Namespace, Options]:
     parser.add_argument("--weights", type=Path, default=ROOT / "demo_model" / "weights.safetensors")
     parser.add_argument("--judge", type=Path, default=ROOT / "demo_model" / "classifier.safetensors")
     parser.add_argument("--commit", help="to note in the result (default: ask git)")
-    parser.add_argument("--small", action="store_true", help="seconds of work, to try the script; options below stand")
+    parser.add_argument("--small", action="store_true", help="a minute of work, to try it; options given still count")
     for field in fields(Options):
         name, many = "--" + field.name.replace("_", "-"), isinstance(field.default, tuple)
         kind = type(field.default[0] if many else field.default)
