@@ -39,7 +39,7 @@ def require_finite(latents: torch.Tensor, first: int, where: str, what: str, cau
 
 def _chunks_of(images: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
     for first in range(0, len(images), chunk):
-        yield images[first : first + chunk, ..., :3]
+        yield images[first : first + chunk, ..., :3].float()
 
 
 def _describe(source) -> tuple[int, int, int, float, object]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path, PurePath
@@ -9,13 +10,14 @@ from pathlib import Path, PurePath
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import numpy as np
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
 from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.video import VideoClip
-from ..adaflow.video_writer import CODECS, VideoWriter
+from ..adaflow.video_writer import CODECS, PIXEL_FORMATS, VideoWriter
 from .common import disk_errors_explained, refusal
 from .encode_video import auto_chunk, require_finite, require_image_vae
 from .lazy_video import clip_of
@@ -71,7 +73,7 @@ def _images_of(frames, vae, chunk: int) -> tuple[int, Iterator[torch.Tensor]]:
         "(frames, height, width, 3)",
     )
     chunk = chunk or auto_chunk(frames.shape[2], frames.shape[1])
-    return len(frames), (piece[..., :3].cpu() for piece in frames.split(chunk))
+    return len(frames), (piece[..., :3].float().cpu() for piece in frames.split(chunk))
 
 
 def _frame_rate(fps: float, frames, clip: VideoClip | None) -> Fraction | float:
@@ -84,6 +86,12 @@ def _frame_rate(fps: float, frames, clip: VideoClip | None) -> Fraction | float:
     expected = "frames per second above 0, or source wired (or a LATENT of AdaFlow Encode Video), which tells it"
     require(known > 0, NODE, "fps", fps, expected)
     return known
+
+
+def _times(rate: Fraction | float, count: int, clip: VideoClip | None) -> np.ndarray | None:
+    """When the frames are shown: as the source's, if its rate varies and neither their number nor it was changed."""
+    same = clip is not None and count == clip.count() and math.isclose(rate, clip.fps, rel_tol=1e-6)
+    return clip.times() if same else None
 
 
 class AdaFlowSaveVideo(io.ComfyNode):
@@ -149,6 +157,15 @@ class AdaFlowSaveVideo(io.ComfyNode):
                     tooltip="Frames decoded at a time. Range 0 to 1024, default 0: chosen by size. More is a little "
                     "faster and takes more memory; the result is the same.",
                 ),
+                io.Combo.Input(
+                    "pixel_format",
+                    options=["auto", *PIXEL_FORMATS],
+                    default="auto",
+                    optional=True,
+                    tooltip="How colours are stored. Default auto: yuv420p for h264, h265 and vp9, which everything "
+                    "plays; yuv422p10le for prores; RGB for ffv1. 444 keeps colours as fine as brightness, 10 bits "
+                    "avoid bands in skies; few players show them. vp9 takes 8 bits, prores 422 or 444 in 10.",
+                ),
             ],
             outputs=[io.Video.Output("VIDEO", display_name="video", tooltip="The saved file.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -156,21 +173,24 @@ class AdaFlowSaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, fps=None, codec=None, filename_prefix=None):
+    def validate_inputs(cls, fps=None, codec=None, filename_prefix=None, pixel_format=None):
         """Refuse before anything runs what ComfyUI does not check."""
         try:
-            require_inside(filename_prefix or "")
+            if filename_prefix is not None:
+                require_inside(filename_prefix)
         except InputError as error:
             return str(error)
-        return refusal(cls, fps=fps, codec=codec, filename_prefix=filename_prefix)
+        return refusal(cls, fps=fps, codec=codec, filename_prefix=filename_prefix, pixel_format=pixel_format)
 
     @classmethod
-    def execute(cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0) -> io.NodeOutput:
+    def execute(
+        cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0, pixel_format="auto"
+    ) -> io.NodeOutput:
         with disk_errors_explained(NODE):
-            return cls._save(frames, fps, codec, quality, filename_prefix, vae, source, chunk)
+            return cls._save(frames, fps, codec, quality, filename_prefix, vae, source, chunk, pixel_format)
 
     @classmethod
-    def _save(cls, frames, fps, codec, quality, filename_prefix, vae, source, chunk) -> io.NodeOutput:
+    def _save(cls, frames, fps, codec, quality, filename_prefix, vae, source, chunk, pixel_format) -> io.NodeOutput:
         require_one_of(codec, CODECS, NODE, "codec")
         require(0.0 <= fps <= MAX_FPS, NODE, "fps", fps, f"0 (the source's) to {MAX_FPS:g} frames per second")
         clip = clip_of(source, NODE, "source") if source is not None else None
@@ -188,6 +208,8 @@ class AdaFlowSaveVideo(io.ComfyNode):
             height,
             codec=codec,
             quality=quality,
+            pixel_format=None if pixel_format == "auto" else pixel_format,
+            times=_times(rate, count, clip),
             audio_source=clip.info.path if sound else None,
             audio_range=clip.audio_range() if sound else None,
             metadata=cls._metadata(),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.adaflow.video import VideoClip, probe
+from adaflow_pack.adaflow.video_writer import VideoWriter
 from adaflow_pack.nodes.encode_video import AdaFlowEncodeVideo
 from adaflow_pack.nodes.lazy_video import AdaFlowVideo
 from adaflow_pack.nodes.load_video import AdaFlowLoadVideo
@@ -298,6 +299,42 @@ def test_images_are_saved(folders, codec, ending):
     assert probe(path).fps == Fraction(2997, 100)
     got = frames_of(path).mean((1, 2, 3)) / 255
     assert np.abs(got - images[:, 0, 0, 0].numpy()).max() < 0.02
+
+
+def test_uneven_frames_keep_their_times_unless_the_rate_is_another(folders, vae):
+    times = [0, 0.1, 0.15, 0.4, 0.42, 0.9, 1.0]
+    with VideoWriter(folders / "input" / "uneven.mp4", 7, 32, 24, times=times) as writer:
+        writer.write(np.random.default_rng(0).random((7, 24, 32, 3)))
+    video, _, fps, _, _ = load(file="uneven.mp4", first_frame=1)
+    latent = encode(video, vae)
+    expected = pytest.approx(np.array(times[1:]) - 0.1, abs=1e-3)
+    for changes in ({"fps": 0.0, "source": video}, {"fps": fps, "source": video, "codec": "vp9"}):
+        assert VideoClip(probe(saved_path(folders, save(latent, vae=vae, **changes)))).times() == expected
+    assert VideoClip(probe(video.get_stream_source())).times() == expected
+    for changes in ({"fps": 5.0, "source": video}, {"fps": fps}):
+        assert VideoClip(probe(saved_path(folders, save(latent, vae=vae, **changes)))).times() is None
+    shorter = {"samples": latent["samples"][:4]}
+    assert VideoClip(probe(saved_path(folders, save(shorter, vae=vae, source=video)))).times() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_images_of_other_packs_are_taken_in_any_precision(folders, vae, dtype):
+    images = torch.rand(3, 16, 24, 4).to(dtype)[:, ::2]  # with alpha, not contiguous
+    path = saved_path(folders, save(images, fps=5, codec="ffv1"))
+    assert np.abs(frames_of(path) - 255 * images[..., :3].double().numpy()).max() <= 1
+    expected = vae.encode(images[..., :3].float())
+    assert torch.allclose(encode(images, vae)["samples"], expected, atol=1e-2)
+
+
+def test_the_pixel_format_is_a_choice(folders):
+    images = torch.rand(2, 16, 16, 3)
+    path = saved_path(folders, save(images, fps=5, codec="h265", pixel_format="yuv444p10le"))
+    assert probe(path).pixel_format == "yuv444p10le"
+    assert probe(saved_path(folders, save(images, fps=5))).pixel_format == "yuv420p"
+    with pytest.raises(InputError, match=r"^AdaFlow Save Video: input 'pixel_format' is 'yuv420p'.* for prores"):
+        save(images, fps=5, codec="prores", pixel_format="yuv420p")
+    assert "'pixel_format' is 'rgb565'" in AdaFlowSaveVideo.validate_inputs(pixel_format="rgb565")
+    assert AdaFlowSaveVideo.validate_inputs(pixel_format="auto") is True
 
 
 def test_files_are_numbered_on(folders):
