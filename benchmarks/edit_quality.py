@@ -48,12 +48,12 @@ class Options:
     width: int = 192
     inversion_steps: int = 50
     steps: int = 25
-    cfg: float = 7.5
+    cfg: float = 4.0
     feature_share: float = 0.8
     attention_share: float = 0.8
     max_clip: int = 4
-    mean_threshold: float = 0.75
-    window_threshold: float = 0.6
+    mean_threshold: float = 0.97
+    window_threshold: float = 0.85
     budgets: tuple[int, ...] = (20, 8, 2)
     edits: tuple[str, ...] = EDITS
     precision: str = "tf32"

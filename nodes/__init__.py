@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .demo_clip import AdaFlowDemoClip
 from .demo_model import AdaFlowLoadDemoModel
 from .descriptors import AdaFlowExtractDescriptors
 from .encode_video import AdaFlowEncodeVideo
@@ -26,6 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     AdaFlowPatchModel,
     AdaFlowSaveVideo,
     AdaFlowLoadDemoModel,
+    AdaFlowDemoClip,
 ]
 
 

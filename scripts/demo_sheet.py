@@ -1,4 +1,4 @@
-"""A contact sheet: frames of the source above, the same frames edited below, with labels."""
+"""A contact sheet: the same frames of several videos below each other, with labels."""
 
 from __future__ import annotations
 
@@ -35,17 +35,23 @@ def evenly(frames: int, columns: int) -> list[int]:
     return [round(i * (frames - 1) / (columns - 1)) for i in range(columns)]
 
 
-def contact_sheet(source: Path, edited: Path, target: Path, note: str = "", columns: int = 6, width: int = 224) -> Path:
-    """Write the sheet as a PNG; ``width`` is one picture's, in pixels. Frame i of both videos is the same moment."""
-    indices = evenly(count_frames(edited), columns)
-    above, below = pick_frames(source, indices), pick_frames(edited, indices)
-    first = below[indices[0]]
+def contact_sheet(videos: dict[str, Path], target: Path, note: str = "", columns: int = 6, width: int = 224) -> Path:
+    """Write the sheet as a PNG.
+
+    Args:
+        videos: label and file of each row; frame i of all is the same moment. As many frames as the last one has.
+        width: of one picture, in pixels.
+    """
+    indices = evenly(count_frames(list(videos.values())[-1]), columns)
+    rows = {label: pick_frames(path, indices) for label, path in videos.items()}
+    first = next(iter(rows.values()))[indices[0]]
     height = max(1, round(width * first.height / first.width))
     sheet_width = MARGIN + len(indices) * (width + MARGIN)
-    sheet = Image.new("RGB", (max(sheet_width, 460), 3 * LABEL + 2 * height + 4 * MARGIN), PAPER)
+    row_height = LABEL + height + MARGIN
+    sheet = Image.new("RGB", (max(sheet_width, 460), len(rows) * row_height + LABEL + MARGIN), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    tops = (LABEL, 2 * LABEL + height + MARGIN)
-    for top, label, pictures in zip(tops, ("source", "edited"), (above, below), strict=True):
+    for row, (label, pictures) in enumerate(rows.items()):
+        top = row * row_height + LABEL
         for column, index in enumerate(indices):
             left = MARGIN + column * (width + MARGIN)
             draw.text((left, top - LABEL + 2), f"{label}, frame {index}", INK, font)

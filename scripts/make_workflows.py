@@ -12,12 +12,14 @@ import json
 import sys
 from pathlib import Path
 
+from demo_clip import DEMO_SETTINGS, DEMO_STEPS, demo_clip
 from workflow_api import default_value, input_specs
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = "a wooden boat on a lake in summer, green trees, photo"
 EDIT = "a wooden boat on a frozen lake in winter, snow on the trees, photo"
 NEGATIVE = "ugly, blurry, low res, unrealistic, unaesthetic"
+DEMO_EDIT = demo_clip().edited(colour="blue").caption()
 CHECKPOINT, CONTROLNET = "v1-5-pruned-emaonly-fp16.safetensors", "control_v11p_sd15_canny_fp16.safetensors"
 WIDGET_HEIGHT, SLOT_HEIGHT, GAP = 26, 21, 60
 
@@ -186,6 +188,25 @@ class Parts:
         self.checkpoint = flow.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
         self.video = flow.add("AdaFlowLoadVideo", file="clip.mp4", size=size, frame_count=frames)
 
+    def start_with_demo(self, note: str) -> None:
+        """The demo model and its clip in place of a checkpoint and a file."""
+        flow = self.flow
+        flow.column("1. Model and clip", 340)
+        flow.note(note)
+        self.checkpoint = flow.add("AdaFlowLoadDemoModel")
+        self.demo_clip = flow.add("AdaFlowDemoClip")
+
+    def demo_prompts(self) -> None:
+        """As :meth:`prompts`, in the demo model's words; the clip says itself what it shows."""
+        flow, clip = self.flow, self.checkpoint.out("CLIP")
+        flow.column("2. Prompts", 340)
+        wires = {"clip": clip, "text": self.demo_clip.out("caption")}
+        self.source = flow.add("CLIPTextEncode", "What the clip shows", wires)
+        self.positive = flow.add("CLIPTextEncode", "What it shall show", {"clip": clip}, text=DEMO_EDIT)
+        self.negative = flow.add("CLIPTextEncode", "What it shall not show", {"clip": clip}, text="")
+        wires = {"source": self.demo_clip.out("images"), "vae": self.checkpoint.out("VAE")}
+        self.encoded = flow.add("AdaFlowEncodeVideo", None, wires)
+
     def prompts(self, source: bool = True) -> None:
         flow, clip = self.flow, self.checkpoint.out("CLIP")
         flow.column("2. Prompts", 340)
@@ -230,6 +251,28 @@ class Parts:
     def save(self, frames) -> None:
         wires = {"frames": frames, "vae": self.checkpoint.out("VAE"), "source": self.video.out("video")}
         self.flow.add("AdaFlowSaveVideo", None, wires, filename_prefix="video/AdaFlow")
+
+
+def demo_edit(object_info: dict) -> Workflow:
+    parts = Parts(object_info)
+    parts.start_with_demo(
+        "## Try it: no checkpoint, no clip\n"
+        "Run. A red car, drawn by AdaFlow Demo Clip, becomes blue, with the small model that comes with this pack; on "
+        "a CPU it takes some minutes.\n\n"
+        "Then change a word of what it shall show: *green*, *in winter*, *at night*, *a watercolour of*. For your own "
+        "clip put AdaFlow Load Video and Load Checkpoint in place of the two nodes here, as in the basic edit."
+    )
+    parts.demo_prompts()
+    parts.invert(DEMO_STEPS)
+    parts.joint(DEMO_STEPS, parts.positive.out("CONDITIONING"), parts.negative.out("CONDITIONING"))
+    for node in (parts.keyframes, parts.edit):
+        node.widgets |= DEMO_SETTINGS[node.kind]
+    flow = parts.flow
+    flow.column("5. Edit every frame, save", 360)
+    latent = flow.add("AdaFlowTokenPropagate", None, {"edit": parts.edit.out("edit")})
+    wires = {"frames": (latent, 0), "vae": parts.checkpoint.out("VAE"), "fps": parts.demo_clip.out("fps")}
+    flow.add("AdaFlowSaveVideo", None, wires, filename_prefix="video/AdaFlow-demo")
+    return flow
 
 
 def basic_edit(object_info: dict) -> Workflow:
@@ -321,6 +364,7 @@ def slim_ksampler(object_info: dict) -> Workflow:
 WORKFLOWS = {
     "adaflow-basic-edit": basic_edit,
     "adaflow-controlnet-edit": controlnet_edit,
+    "adaflow-demo": demo_edit,
     "adaflow-keyframes-preview": keyframes_preview,
     "adaflow-slim-ksampler": slim_ksampler,
 }

@@ -23,15 +23,13 @@ from comfy_client import (
     ServerProcess,
     unlink_pack,
 )
-from demo_clip import render
+from demo_clip import ATTRIBUTES, DEMO_SETTINGS, DEMO_STEPS, demo_clip, render
 from demo_sheet import contact_sheet
 from setup_env import cache_folder, say
 from workflow_api import Prompt, WorkflowError, find_nodes, set_input, swap_node, upstream, workflow_to_api
 
-SOURCE_PROMPT = "a disc and a box in front of a colourful gradient"
-PROMPT = "a watercolour painting of a disc and a box, soft paper texture"
-CLIP_FRAMES = 36
-MEANINGLESS = "Random demo model: it has learnt nothing, the picture means nothing. Give --checkpoint FILE for an edit."
+CLIP_FRAMES = 96
+DEMO_SIZE = 192
 
 
 class DemoError(RuntimeError):
@@ -45,18 +43,34 @@ def parse_arguments() -> argparse.Namespace:
         "video, a contact sheet (source above, edit below) and the y-t picture (cuts and keyframes) in a folder.",
     )
     add = parser.add_argument
-    add("--video", type=Path, metavar="PATH", help="the clip to edit (default: a small scene drawn by code)")
+    add("--video", type=Path, metavar="PATH", help="the clip to edit (default: a red car drawn by code)")
+    add(
+        "--edit",
+        metavar="WHAT=VALUE",
+        help="what to change in the drawn clip: colour, season, time or style (default: colour=blue); the contact "
+        "sheet then shows the truth as well",
+    )
     add("--prompt", metavar="TEXT", help="what the edited clip shall show")
     add("--source-prompt", metavar="TEXT", help="what the clip shows now")
     add(
         "--checkpoint",
         metavar="FILE",
-        help="a Stable Diffusion 1.x, 2.x or SDXL checkpoint (default: a small random model, whose picture means "
-        "nothing); with --server, a name from its list of checkpoints",
+        help="a Stable Diffusion 1.x, 2.x or SDXL checkpoint (default: the small demo model of this pack); with "
+        "--server, a name from its list of checkpoints",
     )
     add("--frames", type=int, metavar="N", help="frames to edit, from the first (default: all of them)")
-    add("--size", type=int, metavar="PX", help="longer side, a multiple of 64 (default: 192, with --checkpoint 512)")
-    add("--steps", type=int, metavar="N", help="steps of inversion and of sampling (default: 8, with --checkpoint 50)")
+    add(
+        "--size",
+        type=int,
+        metavar="PX",
+        help=f"longer side, a multiple of 64 (default: {DEMO_SIZE}, with --checkpoint 512)",
+    )
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"steps of inversion and of sampling (default: {DEMO_STEPS}, with --checkpoint 50)",
+    )
     add("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="default: ./demo-output")
     add("--workflow", type=Path, metavar="JSON", help="a saved workflow (default: the basic edit in workflows/)")
     add("--server", metavar="URL", help="use this running ComfyUI, with the pack installed, and start none")
@@ -78,7 +92,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise DemoError(f"--video is {args.video}, which is no file")
     if args.checkpoint and not args.server and not Path(args.checkpoint).is_file():
         raise DemoError(f"--checkpoint is {args.checkpoint}, which is no file")
-    if args.video is not None and args.checkpoint and args.prompt is None:
+    if args.video is not None and args.prompt is None:
         raise DemoError("--prompt is missing: say what the edited clip shall show")
     for name, least in (("frames", 1), ("steps", 1), ("size", 64)):
         value = getattr(args, name)
@@ -87,12 +101,27 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.size is not None and args.size % 64:
         raise DemoError(f"--size is {args.size}; expected a multiple of 64")
     args.workflow = args.workflow or shipped_workflow()
-    args.size = args.size or (512 if args.checkpoint else 192)
-    args.steps = args.steps or (50 if args.checkpoint else 8)
+    args.size = args.size or (512 if args.checkpoint else DEMO_SIZE)
+    args.steps = args.steps or (50 if args.checkpoint else DEMO_STEPS)
     if args.video is not None and args.source_prompt is None:
         say("no --source-prompt: the clip is inverted with an empty prompt; a description of it would keep it better")
-    args.source_prompt = args.source_prompt or ("" if args.video else SOURCE_PROMPT)
-    args.prompt = PROMPT if args.prompt is None else args.prompt
+    args.source_prompt = args.source_prompt or ("" if args.video else demo_clip().caption())
+    args.changes = edit_of_drawn_clip(args)
+    args.prompt = args.prompt or demo_clip().edited(**args.changes).caption()
+
+
+def edit_of_drawn_clip(args: argparse.Namespace) -> dict[str, str]:
+    """The attribute of the drawn clip that is to change, and what to; empty where a prompt says it instead."""
+    if args.prompt is not None:
+        if args.edit is not None:
+            raise DemoError("--edit and --prompt are both given; --edit writes the prompt for the drawn clip")
+        return {}
+    name, _, value = (args.edit or "colour=blue").partition("=")
+    if name not in ATTRIBUTES:
+        raise DemoError(f"--edit is {args.edit}; expected one of {', '.join(ATTRIBUTES)}, an equals sign and a value")
+    if value not in ATTRIBUTES[name]:
+        raise DemoError(f"--edit is {args.edit}; {name} is one of {', '.join(ATTRIBUTES[name])}")
+    return {name: value}
 
 
 def build_prompt(workflow: dict, object_info: dict, args: argparse.Namespace, video: str, checkpoint: str) -> Prompt:
@@ -102,20 +131,24 @@ def build_prompt(workflow: dict, object_info: dict, args: argparse.Namespace, vi
         swap_node(prompt, "AdaFlowLoadDemoModel", "CheckpointLoaderSimple", {"ckpt_name": checkpoint})
         set_input(prompt, "CheckpointLoaderSimple", "ckpt_name", checkpoint)
     else:
-        swap_node(prompt, "CheckpointLoaderSimple", "AdaFlowLoadDemoModel", {"seed": 0})
+        swap_node(prompt, "CheckpointLoaderSimple", "AdaFlowLoadDemoModel", {})
+        for name, settings in DEMO_SETTINGS.items():
+            for key, value in settings.items():
+                set_input(prompt, name, key, value)
     if not set_input(prompt, "AdaFlowLoadVideo", "file", video):
         raise DemoError("the workflow has no AdaFlowLoadVideo node")
     for key, value in {"first_frame": 0, "frame_count": args.frames or 0, "stride": 1, "size": args.size}.items():
         set_input(prompt, "AdaFlowLoadVideo", key, value)
-    texts = {"AdaFlowDDIMInvert": ("source", args.source_prompt)}
+    texts = {"AdaFlowDDIMInvert": {"source": args.source_prompt}}
     for name in ("AdaFlowJointKeyframeEdit", "KSampler"):
-        texts[name] = ("positive", args.prompt)
-    for name, (key, text) in texts.items():
+        texts[name] = {"positive": args.prompt} | ({} if checkpoint else {"negative": ""})
+    for name, given in texts.items():
         for node in find_nodes(prompt, name):
             prompt[node]["inputs"]["steps"] = args.steps
-            encoder = upstream(prompt, node, key, "CLIPTextEncode")
-            if encoder:
-                prompt[encoder]["inputs"]["text"] = text
+            for key, text in given.items():
+                encoder = upstream(prompt, node, key, "CLIPTextEncode")
+                if encoder:
+                    prompt[encoder]["inputs"]["text"] = text
     return prompt
 
 
@@ -170,19 +203,28 @@ def save_results(client: ComfyClient, prompt: Prompt, outputs: dict, video: Path
         raise DemoError("the workflow saved no video")
     edited = client.fetch(videos[0], folder / f"edit{Path(videos[0]['filename']).suffix}")
     say(f"edited video:  {edited}")
-    note = f'prompt: "{args.prompt}"' if args.checkpoint else MEANINGLESS
-    say(f"contact sheet: {contact_sheet(video, edited, folder / 'contact-sheet.png', note)}")
+    rows = {"source": video, "edited": edited}
+    if args.changes:
+        rows["truth"] = draw_demo_clip(folder / "truth.mp4", args, sound=False, **args.changes)
+    sheet = contact_sheet(rows, folder / "contact-sheet.png", f'prompt: "{args.prompt}"')
+    say(f"contact sheet: {sheet}")
     selects = find_nodes(prompt, "AdaFlowKeyframeSelect")
     pictures = [file for node in selects for file in client.files(outputs.get(node, {}))]
     if pictures:
         say(f"y-t picture:   {client.fetch(pictures[0], folder / 'yt.png')}  (cuts in red, keyframes in yellow)")
 
 
+def draw_demo_clip(path: Path, args: argparse.Namespace, **changes) -> Path:
+    """The demo clip at the size asked for, as near to 3:2 as multiples of 64 allow."""
+    height = max(64, round(args.size / 1.5 / 64) * 64)
+    return render(path, frames=args.frames or CLIP_FRAMES, width=args.size, height=height, **changes)
+
+
 def demo(client: ComfyClient, args: argparse.Namespace, input_folder: Path | None) -> None:
     """Bring the clip to the server, run the workflow, save what it made."""
     video = args.video
     if video is None:
-        video = render(args.output / "source.mp4", frames=args.frames or CLIP_FRAMES, width=args.size, height=args.size)
+        video = draw_demo_clip(args.output / "source.mp4", args)
         say(f"source clip:   {video}")
     # A name that is new to the server, whatever the user's file is called.
     name = f"demo-source{video.suffix.lower() or '.mp4'}"
@@ -234,8 +276,6 @@ def main() -> int:
     try:
         check_arguments(args)
         args.output.mkdir(parents=True, exist_ok=True)
-        if not args.checkpoint:
-            say(MEANINGLESS)
         if args.server:
             demo(ComfyClient(args.server), args, None)
         else:

@@ -14,7 +14,7 @@ from ..errors import require, require_one_of
 from .scene import STYLES
 
 LOOKS = ("day", "night", "sunset", "autumn", "snow")
-_CHUNK = 16  # images filtered in one go: what a processor's cache holds
+_CHUNK, _CPU_CHUNK = 512, 16  # pictures filtered in one go: what memory holds, and what a processor's cache holds
 _GREY = (0.299, 0.587, 0.114)
 
 
@@ -41,8 +41,9 @@ def apply_look(images: Tensor, look: str) -> Tensor:
 def _apply(change, images: Tensor, where: str) -> Tensor:
     shape = tuple(images.shape)
     require(len(shape) == 4 and shape[1] == 3, where, "images", f"of shape {shape}", "(n, 3, height, width)")
+    chunk = _CPU_CHUNK if images.device.type == "cpu" else _CHUNK
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([change(part).clamp(0, 1) for part in images.split(_CHUNK)])
+        return torch.cat([change(part).clamp(0, 1) for part in images.split(chunk)])
 
 
 def _grey(images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from .scene import Scene
 from .scenery import paint_clouds, paint_foreground, paint_ground, paint_hills, paint_sky
 from .trees import paint_trees
 
-_CHUNK, _CPU_CHUNK = 256, 8  # scenes painted in one go: what memory holds, and what a processor's cache holds
+_CHUNK, _CPU_CHUNK = 512, 8  # scenes painted in one go: what memory holds, and what a processor's cache holds
 
 
 @dataclass(frozen=True)

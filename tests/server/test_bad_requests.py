@@ -69,7 +69,6 @@ def test_a_file_is_not_saved_outside_the_output_folder(server, clip, object_info
         ("propagate", "chunk", -1),
         ("save", "fps", -1.0),
         ("save", "quality", 1000),
-        ("model", "seed", -1),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(server, clip, object_info, node, key, value):

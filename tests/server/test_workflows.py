@@ -29,9 +29,11 @@ def small(object_info, clip, controlnet):
 
     def make(path: Path) -> dict:
         prompt = workflow_to_api(json.loads(path.read_text()), object_info)
-        swap_node(prompt, "CheckpointLoaderSimple", "AdaFlowLoadDemoModel", {"seed": 0})
+        swap_node(prompt, "CheckpointLoaderSimple", "AdaFlowLoadDemoModel", {})
         set_input(prompt, "ControlNetLoader", "control_net_name", controlnet)
-        assert set_input(prompt, "AdaFlowLoadVideo", "file", clip) >= 1
+        assert set_input(prompt, "AdaFlowLoadVideo", "file", clip) + len(find_nodes(prompt, "AdaFlowDemoClip")) >= 1
+        for key, value in {"frames": FRAMES, "fps": FPS, "width": SIZE, "height": SIZE}.items():
+            set_input(prompt, "AdaFlowDemoClip", key, value)
         limits = {"size": SIZE, "first_frame": 0, "frame_count": 0, "stride": 1, "multiple": 64}
         for key, value in limits.items():
             set_input(prompt, "AdaFlowLoadVideo", key, value)

@@ -1,0 +1,112 @@
+"""The shipped demo model: its weights, a picture and an edit, held to numbers that were kept when it was trained.
+
+``ADAFLOW_KEEP_DEMO_SAMPLES=1 python -m pytest tests/comfy/test_demo_model.py`` writes ``demo_samples.json`` anew, which
+is to be done when the weights change, and only then.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adaflow_pack.adaflow.demo.weights import pack, unpack
+from adaflow_pack.adaflow.errors import InputError
+from adaflow_pack.nodes.demo_clip import AdaFlowDemoClip
+from adaflow_pack.nodes.demo_model import AdaFlowLoadDemoModel
+from adaflow_pack.nodes.patching import families
+from demo_samples import DemoEdit, picture, weights_hash
+
+KEPT = Path(__file__).with_name("demo_samples.json")
+TOLERANCE = 0.004  # of a mean colour from 0 to 1; other machines and versions of torch are far within it
+BROKEN = 3 * TOLERANCE  # what any mistake moves some mean colour by, at least
+
+
+@pytest.fixture(scope="module")
+def demo():
+    with torch.inference_mode():
+        return AdaFlowLoadDemoModel.execute().args
+
+
+@pytest.fixture(scope="module")
+def edit(demo):
+    with torch.inference_mode():
+        return DemoEdit(*demo)
+
+
+@pytest.fixture(scope="module")
+def kept(demo, edit) -> dict:
+    if os.environ.get("ADAFLOW_KEEP_DEMO_SAMPLES"):
+        with torch.inference_mode():
+            values = {"picture": picture(*demo), "edit": edit.run()}
+        rounded = {name: [round(v, 4) for v in value.flatten().tolist()] for name, value in values.items()}
+        KEPT.write_text(json.dumps({"sha256": weights_hash()} | rounded) + "\n")
+    return json.loads(KEPT.read_text())
+
+
+def largest_difference(values: torch.Tensor, kept: list[float]) -> float:
+    return (values.flatten() - torch.tensor(kept)).abs().max().item()
+
+
+def test_the_weights_are_the_ones_that_were_trained(kept):
+    assert weights_hash() == kept["sha256"]
+
+
+def test_a_picture_is_what_it_was(demo, kept):
+    assert largest_difference(picture(*demo), kept["picture"]) < TOLERANCE
+
+
+def test_an_edit_is_what_it_was(edit, kept):
+    assert largest_difference(edit.run(), kept["edit"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"conv_block": 5}, {"conv_block": 3}, {"attention_blocks": range(5, 12)}, {"attention_blocks": range(7, 12)}],
+    ids=str,
+)
+def test_a_wrong_layer_would_be_seen(edit, kept, monkeypatch, mistake):
+    monkeypatch.setitem(families.FAMILIES, 12, replace(families.FAMILIES[12], **mistake))
+    assert largest_difference(edit.run(), kept["edit"]) > BROKEN
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.8), (0.8, 0.0)], ids=["no feature", "no queries and keys"])
+def test_a_dropped_injection_would_be_seen(edit, kept, shares):
+    assert largest_difference(edit.run(shares=shares), kept["edit"]) > BROKEN
+
+
+DRAWN = {"kind": "car", "colour": "red", "season": "autumn", "time": "day", "style": "photo"}
+SIZE = {"frames": 20, "shots": 3, "fps": 12.0, "width": 128, "height": 64, "seed": 4}
+
+
+def test_a_drawn_clip_says_what_it_shows_and_changes_only_where_asked():
+    images, caption, fps = AdaFlowDemoClip.execute(**DRAWN, **SIZE).args
+    other, other_caption, _ = AdaFlowDemoClip.execute(**DRAWN | {"colour": "white"}, **SIZE).args
+    assert images.shape == (20, 64, 128, 3) and fps == 12.0
+    assert caption.replace("red", "white") == other_caption != caption
+    changed = (images != other).any(-1).float().mean()
+    assert 0.005 < changed < 0.25
+
+
+@pytest.mark.parametrize(("wrong", "name"), [({"height": 192}, "width"), ({"shots": 30}, "shots")])
+def test_a_clip_that_cannot_be_drawn_is_refused(wrong, name):
+    with pytest.raises(InputError, match=name):
+        AdaFlowDemoClip.execute(**DRAWN, **SIZE | wrong)
+
+
+def test_packed_weights_come_back_within_half_a_step():
+    state = {"a": torch.randn(5, 7, 3, 3), "b": torch.randn(9), "c": torch.tensor([3, 1])}
+    back = unpack({f"x.{name}": value for name, value in pack(state).items()}, "x.")
+    step = state["a"].flatten(1).abs().amax(1) / 127
+    assert ((back["a"] - state["a"]).flatten(1).abs().amax(1) <= step * 0.501).all()
+    torch.testing.assert_close(back["b"], state["b"], rtol=1e-3, atol=1e-6)
+    assert back["c"].tolist() == [3, 1]
+
+
+def test_torchs_random_state_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    AdaFlowLoadDemoModel.execute()
+    assert torch.equal(torch.rand(3), expected)
