@@ -24,6 +24,10 @@ class SlimSettings:
     budget: int
     plan: EditPlan | None = None
 
+    def __deepcopy__(self, memo) -> "SlimSettings":
+        """Itself: ComfyUI copies a MODEL's options deeply whenever it clones it, and a plan holds files and caches."""
+        return self
+
 
 class SlimPass(UNetPass):
     """Every frame attends to all frames of its conditioning, to ``budget`` frames' worth of their tokens.

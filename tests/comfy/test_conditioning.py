@@ -272,6 +272,16 @@ def test_slim_attention_rates_tokens_by_a_plan(graph):
     assert oracles.relative_error(out, expected) < 1e-5
 
 
+def test_a_model_slimmed_with_a_plan_is_cloned_and_edited_like_any_other(graph):
+    """ComfyUI copies a MODEL's options deeply when it clones it; the plan among them holds files and caches."""
+    plan = select(graph.descriptors, max_clip=2)
+    model = graph.slim(2, plan).clone()
+    out = plain_euler(model, graph.noisiest, graph.sigmas(), graph.positive, graph.negative, 3.0)
+    again = plain_euler(graph.slim(2, plan), graph.noisiest, graph.sigmas(), graph.positive, graph.negative, 3.0)
+    assert torch.equal(out, again)
+    assert torch.equal(graph.edit(plan, model=model), graph.edit(plan, model=graph.slim(2)))
+
+
 def test_comfyui_reserves_memory_for_a_chunk_not_the_clip(graph):
     shapes = []
 
