@@ -28,6 +28,7 @@ import torch
 from common import ROOT, pack_module, start_comfyui
 from data import HELD_OUT, truth_of
 from provenance import commit, machine
+from quality_report import EACH, INTERPOLATED, NOT_INJECTED, OWN, SHORT, TOKENFLOW
 from torch import Tensor
 
 WHERE = "edit_quality"
@@ -39,7 +40,14 @@ UNIFORM = 8  # frames of a clip in TokenFlow's settings
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the numbers. ``precision``: of products of float32 on a GPU, float32 or tf32."""
+    """What decides the numbers.
+
+    Attributes:
+        cfg: guidance of foreground, background and style edits.
+        feature_share, attention_share: of the settings that inject.
+        short: most frames of a clip in the settings that compare budgets, so that keyframes are more than these.
+        precision: of products of float32 on a GPU, float32 or tf32.
+    """
 
     clips: int = 20
     frames: int = 48
@@ -48,10 +56,10 @@ class Options:
     width: int = 192
     inversion_steps: int = 50
     steps: int = 25
-    cfg: float = 4.0
+    cfg: tuple[float, ...] = (2.0, 4.0, 4.0)
     feature_share: float = 0.8
     attention_share: float = 0.8
-    max_clip: int = 4
+    short: int = 2
     mean_threshold: float = 0.97
     window_threshold: float = 0.85
     budgets: tuple[int, ...] = (20, 8, 2)
@@ -59,26 +67,43 @@ class Options:
     precision: str = "tf32"
 
 
-SMALL = Options(clips=1, frames=8, height=64, width=96, inversion_steps=2, steps=2, max_clip=2, budgets=(2, 1))
+SMALL = Options(clips=1, frames=8, height=64, width=96, inversion_steps=2, steps=2, budgets=(2, 1))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to edit: how a clip is cut, the KV budget in keyframes (0: no limit), whether outputs are blended."""
+    """One way to edit.
+
+    Attributes:
+        cut: how clips are made: "each frame", "uniform", "adaptive" or, adaptive too but held short, "short".
+        budget: KV budget in keyframes; 0 has no limit.
+        interpolate: whether outputs are blended.
+        injected: whether the source's features are injected.
+    """
 
     name: str
     cut: str
     budget: int
     interpolate: bool
+    injected: bool = True
 
 
 def settings_of(options: Options) -> list[Setting]:
     """All that are compared."""
-    made = [Setting("frame by frame", "each frame", 1, False), Setting("TokenFlow settings", "uniform", 0, True)]
+    made = []
+    for injected in (True, False):
+        prefix = "" if injected else NOT_INJECTED
+        made += [
+            Setting(prefix + EACH, "each frame", 1, False, injected),
+            Setting(prefix + TOKENFLOW, "uniform", 0, True, injected),
+        ]
+        for interpolate in (False, True):
+            name = prefix + OWN + INTERPOLATED * interpolate
+            made.append(Setting(name, "adaptive", options.budgets[0], interpolate, injected))
     for interpolate in (False, True):
         for budget in (0, *options.budgets):
-            name = f"AdaFlow, budget {budget or 'unlimited'}" + ", interpolated" * interpolate
-            made.append(Setting(name, "adaptive", budget, interpolate))
+            name = SHORT.format(budget or "unlimited") + INTERPOLATED * interpolate
+            made.append(Setting(name, "short", budget, interpolate))
     return made
 
 
@@ -210,10 +235,12 @@ class Source:
 
     def _clips(self, cut: str):
         keyframes, options = pack_module("adaflow.keyframes"), self.bench.options
-        if cut != "adaptive":
+        if cut in ("uniform", "each frame"):
             length = UNIFORM if cut == "uniform" else 1
             return keyframes.Clips(tuple(range(0, options.frames, length)), options.frames)
-        thresholds = keyframes.CutThresholds(options.mean_threshold, options.window_threshold, options.max_clip)
+        thresholds = keyframes.CutThresholds(options.mean_threshold, options.window_threshold)
+        if cut == "short":
+            thresholds = replace(thresholds, max_clip=options.short)
         found, device = self.descriptors, self.bench.device
         return keyframes.cut_clips(
             lambda frames: found.tokens(frames, device=device), found.frames, found.size, thresholds
@@ -236,21 +263,23 @@ class Editing:
         """Images, and the seconds they took; settings that come to the same are done once."""
         plan = self.source.plan(setting.cut)
         budget = min(setting.budget or len(plan.clips), len(plan.clips))
-        key = setting.cut, budget, setting.interpolate
+        key = setting.cut, budget, setting.interpolate, setting.injected
         if key not in self._done:
             started = time.perf_counter()
-            images = self.bench.decode(self._sample(plan, budget, setting.interpolate))
+            images = self.bench.decode(self._sample(plan, replace(setting, budget=budget)))
             self._done[key] = images, time.perf_counter() - started
         return self._done[key]
 
-    def _sample(self, plan, budget: int, interpolate: bool) -> Tensor:
+    def _sample(self, plan, setting: Setting) -> Tensor:
         bench, options, trajectory = self.bench, self.bench.options, self.source.trajectory
+        shares = (options.feature_share, options.attention_share) if setting.injected else (0.0, 0.0)
         settings = pack_module("nodes.patching.evaluator").EditSettings(
-            options.feature_share, options.attention_share, interpolate, budget, bench.chunk
+            *shares, setting.interpolate, setting.budget, bench.chunk
         )
+        cfg = options.cfg[EDITS.index(self.task.edit)]
         edit = pack_module("nodes.patching.edit").Edit(
             bench.model, self.prompt, self.negative, trajectory, plan, settings,
-            options.steps, options.cfg, "ddim", "ddim_uniform", 0,
+            options.steps, cfg, "ddim", "ddim_uniform", 0,
         )  # fmt: skip
         edit.check(WHERE)
         run = pack_module("adaflow.runs").open_run(bench.folder, "edit", {"task": self.task.name}, afresh=True)
@@ -283,7 +312,7 @@ class Editing:
         for setting in settings:
             rows[setting.name], seconds[setting.name] = self.edited(setting)
         measures = {name: self.measured(images) for name, images in rows.items() if name != "source"}
-        keyframes = len(self.source.plan("adaptive").clips)
+        keyframes = {cut: len(self.source.plan(cut).clips) for cut in ("adaptive", "short")}
         found = {**self.task.about(), "keyframes": keyframes, "seconds": seconds, "measures": measures}
         return found, rows
 
@@ -312,7 +341,7 @@ def run_part(arguments: argparse.Namespace, options: Options, folder: Path) -> N
         found, rows = Editing(source, task).run(settings)
         write_json(piece, {"about": about, **found})
         if arguments.sheets:
-            title, short = " -> ".join(task.captions()), ("source", f"AdaFlow, budget {options.budgets[0]}", "truth")
+            title, short = " -> ".join(task.captions()), ("source", OWN, "truth")
             write_sheet(arguments.sheets / f"{task.name}.png", rows, title)
             write_sheet(arguments.sheets / f"{task.name}-short.png", {name: rows[name] for name in short}, title)
         took = time.perf_counter() - started

@@ -11,10 +11,11 @@ from statistics import fmean, stdev
 from PIL import Image, ImageDraw, ImageFont
 
 TRUTH, CEILING, NO_EDIT = "truth", "truth through the autoencoder", "source through the autoencoder"
-FULL, EACH = "AdaFlow, budget unlimited", "frame by frame"
+EACH, TOKENFLOW, OWN, SHORT = "frame by frame", "TokenFlow settings", "AdaFlow", "AdaFlow, short clips, budget {}"
+NOT_INJECTED, INTERPOLATED = "nothing injected: ", ", interpolated"
+FULL = SHORT.format("unlimited")
 MARKERS = "<!-- {} of tables written by benchmarks/edit_quality.py -->"
 COLUMNS, LABEL, MARGIN = 6, 18, 6
-PLOT_COLOURS = ("#444444", "#c0392b", "#1f618d", "#2980b9", "#5dade2", "#aed6f1", "#196f3d", "#27ae60", "#82e0aa")
 
 
 def write_json(path: Path, content) -> None:
@@ -131,9 +132,12 @@ def table(pieces: list[dict]) -> str:
 
 def comparisons(pieces: list[dict]) -> str:
     """Markdown: settings against one another, clip by clip."""
-    budgets = [name for name in pieces[0]["measures"] if re.fullmatch(r"AdaFlow, budget \d+", name)]
-    pairs = [(FULL, EACH), ("TokenFlow settings", EACH), (FULL, "TokenFlow settings")]
-    pairs += [(name, FULL) for name in budgets] + [(f"{name}, interpolated", name) for name in (FULL, *budgets)]
+    pairs = []
+    for prefix in ("", NOT_INJECTED):
+        own, tokenflow, each = prefix + OWN, prefix + TOKENFLOW, prefix + EACH
+        pairs += [(own, each), (tokenflow, each), (own, tokenflow), (own + INTERPOLATED, own)]
+    budgets = [name for name in pieces[0]["measures"] if re.fullmatch(SHORT.format(r"\d+"), name)]
+    pairs += [(name, FULL) for name in budgets] + [(name + INTERPOLATED, name) for name in (FULL, *budgets)]
     lines = ["| Setting | against | PSNR, dB | warping error | object's |", "| --- | --- | ---: | ---: | ---: |"]
     for setting, other in pairs:
         gap, error = difference(pieces, setting, other, "psnr")
@@ -155,34 +159,46 @@ def plot(pieces: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     edits = by_edit(pieces)
-    figure, panels = pyplot.subplots(1, len(edits), figsize=(4.6 * len(edits), 5.2), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(edits), figsize=(4.6 * len(edits), 5.8), squeeze=False)
     settings = [name for name in pieces[0]["measures"] if name not in (TRUTH, NO_EDIT)]
+    plain = {name: name.removeprefix(NOT_INJECTED).removesuffix(INTERPOLATED) for name in settings}
+    colours = dict(zip(dict.fromkeys(plain.values()), pyplot.get_cmap("tab10").colors, strict=False))
     for panel, (edit, chosen) in zip(panels[0], edits.items(), strict=True):
-        for number, setting in enumerate(settings):
+        for setting in settings:
             values = values_of(chosen, setting, "psnr")
             error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-            marker = "*" if setting == CEILING else "s" if "interpolated" in setting else "o"
-            at, colour = ratio(chosen, setting, "warping", TRUTH), PLOT_COLOURS[number % len(PLOT_COLOURS)]
-            panel.errorbar(at, fmean(values), error, fmt=marker, color=colour, label=setting, markersize=8, capsize=2)
+            at, colour = ratio(chosen, setting, "warping", TRUTH), colours[plain[setting]]
+            marker = "*" if setting == CEILING else "s" if INTERPOLATED in setting else "o"
+            filled = "none" if setting.startswith(NOT_INJECTED) else "full"
+            panel.errorbar(
+                at, fmean(values), error,
+                fmt=marker, color=colour, fillstyle=filled, label=setting, markersize=8, capsize=2,
+            )  # fmt: skip
         panel.set_title(f"{edit} ({len(chosen)})")
         panel.set_xlabel("warping error, truth's = 1")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("PSNR to the truth, dB")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=9)
-    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.tight_layout(rect=(0, 0.26, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def _parts(pieces: list[dict], cut: str) -> str:
+    """How many clips, and so keyframes, a way of cutting made."""
+    counts = [piece["keyframes"][cut] for piece in pieces]
+    return f"{min(counts)} to {max(counts)} (mean {fmean(counts):.1f})"
 
 
 def write_tables(page: Path, about: dict, pieces: list[dict]) -> None:
     """Put the tables between their markers in a page."""
     options, edits = about["options"], by_edit(pieces)
-    counts = [piece["keyframes"] for piece in pieces]
     made = (
         f"GPU: {about['gpu']}; torch {about['torch']}; commit {about['commit'][:7]}. {options['clips']} clips of "
         f"{options['frames']} frames, {options['width']}x{options['height']} pixels; {options['inversion_steps']} "
-        f"steps of inversion, {options['steps']} of sampling, guidance {options['cfg']:g}. AdaFlow cut a clip into "
-        f"{min(counts)} to {max(counts)} parts, {fmean(counts):.1f} on average: so many keyframes a step."
+        f"steps of inversion, {options['steps']} of sampling, guidance {' / '.join(map(str, options['cfg']))} "
+        f"for foreground / background / style. AdaFlow cut a clip into {_parts(pieces, 'adaptive')} parts, where clips "
+        f"are short into {_parts(pieces, 'short')}: so many keyframes a step."
     )
     picture = "![PSNR against warping error of every setting](images/quality.png)"
     text = [made, picture, "### All edits", table(pieces), comparisons(pieces)]

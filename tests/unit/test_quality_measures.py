@@ -183,7 +183,13 @@ def pieces(tmp_path, rng):
     about["options"] = {**vars(edit_quality.Options()), "clips": 2, "edits": ["style"]}
     for number in range(2):
         values = {n: {m: rng.random() for m in (*measures, "warping", "warping object")} for n in names}
-        piece = {"about": about, "clip": number, "edit": "style", "keyframes": 12, "measures": values}
+        piece = {
+            "about": about,
+            "clip": number,
+            "edit": "style",
+            "keyframes": {"adaptive": 2, "short": 12},
+            "measures": values,
+        }
         quality_report.write_json(tmp_path / "pieces" / f"{number}.json", piece)
     return tmp_path / "pieces"
 
@@ -191,7 +197,7 @@ def pieces(tmp_path, rng):
 def test_a_report_holds_the_means_and_leaves_the_prose(pieces, tmp_path):
     about, found = quality_report.read_pieces(pieces)
     one, two = (piece["measures"] for piece in found)
-    name, full = "AdaFlow, budget 8", quality_report.FULL
+    name, full = quality_report.SHORT.format(8), quality_report.FULL
     summary = quality_report.summary(found)
     assert summary[name]["psnr"]["mean"] == pytest.approx((one[name]["psnr"] + two[name]["psnr"]) / 2)
     gaps = [one[name]["psnr"] - one[full]["psnr"], two[name]["psnr"] - two[full]["psnr"]]
