@@ -3,7 +3,7 @@
     COMFYUI_PATH=/path/to/ComfyUI python training/train.py --photos FOLDER --work FOLDER --out FOLDER --minutes 9
 
 ``--photos``: the folder that training/photos.py filled. Repeat the command until it says that all is trained.
-Stages: autoencoder, latents, classifier, denoiser (UNet and text encoder), report. About 8 minutes on an H100.
+Stages: autoencoder, latents, classifier, denoiser (UNet and text encoder), report. About 13 minutes on an H100.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.utils import make_grid, save_image
 
 SETTINGS = {
-    "seconds": {"autoencoder": 235.0, "classifier": 10.0, "denoiser": 185.0},
+    "seconds": {"autoencoder": 215.0, "classifier": 8.0, "denoiser": 480.0},
     "pictures": {"world": [70000, 14000], "photo": [28000, 6000]},
     "classifier pictures": 20000,
     "report": {"captions": 200, "steps": 25, "guidance": 4.0},
