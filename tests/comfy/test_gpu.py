@@ -13,6 +13,7 @@ import comfy.model_management
 import oracles
 import pytest
 import torch
+from adaflow_pack.adaflow import attention
 from comfy.patcher_extension import WrappersMP
 from graph import Graph, plain_euler, select
 from models import SD2_FULL, SHAPES, clip_latent, random_model, small_model
@@ -48,6 +49,24 @@ def test_the_gpu_gives_what_the_cpu_gives(shape, interpolation):
     assert found < 2e-4
 
 
+@pytest.mark.parametrize("heads, channels", [(8, 40), (5, 64), (8, 80), (8, 160)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_the_attention_kernel_equals_the_oracle(dtype, tolerance, heads, channels):
+    from adaflow_pack.adaflow.attention_triton import slim_attention
+
+    tokens, kept_tokens = 1001, 3003
+    shapes = (3, tokens), (7, tokens), (7, tokens)
+    q, k, v = (torch.randn(*shape, heads * channels, device="cuda").to(dtype) for shape in shapes)
+    kept = torch.stack([torch.randperm(7 * tokens, device="cuda")[:kept_tokens].sort().values for _ in range(3)])
+    out = slim_attention(q, k, v, heads, kept.int())
+    flat_k, flat_v = (x.flatten(0, 1).double() for x in (k, v))
+    expected = [oracles.attention(q[i].double(), flat_k[rows], flat_v[rows], heads) for i, rows in enumerate(kept)]
+    found = oracles.relative_error(out, torch.stack(expected))
+    plain = oracles.relative_error(attention.gathered_attention(q, k, v, heads, kept), torch.stack(expected))
+    RESULTS[f"attention kernel, heads of {channels}, {dtype}"] = {"kernel": found, "PyTorch's": plain}
+    assert found < tolerance
+
+
 @pytest.fixture(scope="module")
 def full_size():
     """SD 2.1's UNet with random weights, half precision, and the clip that it inverted at 384x672."""
@@ -75,6 +94,18 @@ def test_half_precision_at_full_size(full_size):
     found = oracles.relative_error(half, one_step(full_size, plan, (1.0, 1.0), model=single))
     RESULTS["one step at full size, float16 against float32"] = found
     assert found < 2e-2
+
+
+def test_a_step_with_the_attention_kernel(full_size, monkeypatch):
+    plan = select(full_size.descriptors, -1.0, -1.0, max_clip=24, mode="fixed")
+    steps = []
+    for backend in ("sdpa", "triton"):
+        monkeypatch.setenv(attention.BACKEND_VARIABLE, backend)
+        steps.append(one_step(full_size, plan, (1.0, 1.0)))
+    assert attention._kernel_works(torch.device("cuda", torch.cuda.current_device()))
+    found = oracles.relative_error(steps[1], steps[0])
+    RESULTS["one step at full size, float16, attention kernel against PyTorch's"] = found
+    assert found < 1e-2
 
 
 @pytest.mark.parametrize("injecting", [True, False])

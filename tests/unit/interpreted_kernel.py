@@ -1,0 +1,46 @@
+"""Runs the Triton kernel in Triton's interpreter on random inputs; prints its errors against the oracle as JSON.
+
+A process of its own: Triton decides when a kernel is defined whether to interpret it.
+"""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import oracles
+import torch
+
+CASES = [(heads, channels, dtype) for heads, channels in ((2, 40), (2, 64), (3, 80), (1, 160)) for dtype in
+         ("float16", "float32")]  # fmt: skip
+
+
+def kernel_module():
+    path = Path(__file__).resolve().parents[2] / "adaflow" / "attention_triton.py"
+    spec = importlib.util.spec_from_file_location("attention_triton", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def error(kernel, heads: int, channels: int, dtype: torch.dtype, tokens: int, kept_tokens: int) -> float:
+    frames, queries = 5, 2
+    q = torch.randn(queries, tokens, heads * channels).to(dtype)
+    k, v = (torch.randn(frames, tokens, heads * channels).to(dtype) for _ in range(2))
+    kept = torch.stack([torch.randperm(frames * tokens)[:kept_tokens] for _ in range(queries)])
+    found = kernel.slim_attention(q, k, v, heads, kept.int(), kernel.Tiles(16, 32, 4, 2))
+    flat_k, flat_v = k.flatten(0, 1).double(), v.flatten(0, 1).double()
+    expected = [oracles.attention(q[i].double(), flat_k[rows], flat_v[rows], heads) for i, rows in enumerate(kept)]
+    return oracles.relative_error(found, torch.stack(expected))
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    module, errors = kernel_module(), {}
+    torch.seed()
+    for case in CASES:
+        heads, channels, dtype = case
+        # whole tiles, odd numbers of queries and keys, and fewer keys than a tile
+        shapes = ((32, 64), (35, 97), (7, 19))
+        errors["-".join(map(str, case))] = [error(module, heads, channels, getattr(torch, dtype), *s) for s in shapes]
+    print(json.dumps(errors))
