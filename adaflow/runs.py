@@ -94,7 +94,7 @@ class Run:
         if not whole:
             raise DamagedRunError(
                 f"AdaFlow: {name} in {self.folder} is missing or damaged: something other than AdaFlow changed it. Set "
-                "resume to 'start afresh' in AdaFlow DDIM Invert and queue again"
+                "resume to 'start afresh' in AdaFlow DDIM Invert (AdaFlow Save Video for a segment) and queue again"
             )
         self._marks[name] = mark
         return self.path(name)
@@ -115,6 +115,12 @@ class Run:
     def close(self) -> None:
         """Let others use or remove the folder."""
         self._lock.release()
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it: nobody needs the run any more."""
+        with FileLock(self.folder.parent / LOCK):
+            self.close()
+            _remove(self.folder)
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:

@@ -1,33 +1,34 @@
 """Video files written as a stream, chunk by chunk, with sound carried over; a reader never sees half a file."""
 
-import json
 import math
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from .errors import InputError, require
-from .video_audio import AudioTrack
-from .video_decode import EXACT
+from .video_decode import EXACT, open_video
+from .video_output import VideoOutput
 
 BT709 = 1
 MPEG_RANGE = 1
-FINE = Fraction(1, 90_000)
-"""Time base of a file whose frames are unevenly spaced."""
 PIXEL_FORMATS = ("yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 """What a user may choose in place of a codec's own; not every encoder takes each."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """An encoder, the container it goes into and its settings. ``worst_crf`` None: quality is not adjustable."""
+    """An encoder, the container it goes into and its settings.
+
+    Attributes:
+        worst_crf: None where quality is not adjustable.
+        smallest: width and height, pixels.
+    """
 
     encoder: str
     muxer: str
@@ -35,6 +36,7 @@ class Codec:
     pixel_format: str
     worst_crf: int | None = None
     options: dict = field(default_factory=dict)
+    smallest: tuple[int, int] = (1, 1)
 
     def pixel_formats(self) -> list[str]:
         """Those that the encoder takes, its own first."""
@@ -44,11 +46,16 @@ class Codec:
 
 CODECS = {
     "h264": Codec("libx264", "mp4", "mp4", "yuv420p", 51),
-    "h265": Codec("libx265", "mp4", "mp4", "yuv420p", 51, {"x265-params": "log-level=error"}),
+    "h265": Codec("libx265", "mp4", "mp4", "yuv420p", 51, {"x265-params": "log-level=error"}, (64, 16)),
     "vp9": Codec("libvpx-vp9", "webm", "webm", "yuv420p", 63, {"row-mt": "1", "cpu-used": "3"}),
     "prores": Codec("prores_ks", "mov", "mov", "yuv422p10le"),
     "ffv1": Codec("ffv1", "matroska", "mkv", "bgr0"),
 }
+
+
+def exact_rate(fps: Fraction | float) -> Fraction:
+    """Frames per second as a fraction, such as 30000/1001 for 29.97."""
+    return Fraction(fps).limit_denominator(1001 if isinstance(fps, float) else 1_000_000)
 
 
 class VideoWriter:
@@ -66,9 +73,12 @@ class VideoWriter:
         quality: constant rate factor, 0 (best) to the codec's ``worst_crf``; ignored where the codec has none.
         pixel_format: one of the codec's ``pixel_formats()``; None takes its own.
         times: seconds of every frame to come after the first, increasing; None spaces them evenly.
+        in_order: code no frame ahead of its time, which makes a file of uneven times come out short.
         audio_source: a file whose sound is carried over.
         audio_range: ``(start, duration)`` of that sound in seconds; the video's own duration ends it too.
         metadata: text to text, or to anything JSON can hold.
+        copied: a file of the same settings, if frames are to come by :meth:`copy` alone from it and others like it.
+        mark: part of the temporary name, so that one left over by a crash is overwritten; None makes one up.
         where: the node named in errors.
 
     Raises:
@@ -86,16 +96,21 @@ class VideoWriter:
         quality: int = 18,
         pixel_format: str | None = None,
         times: Sequence[float] | None = None,
+        in_order: bool = False,
         audio_source: str | Path | None = None,
         audio_range: tuple[float, float] | None = None,
         metadata: dict | None = None,
+        copied: Path | None = None,
+        mark: str | None = None,
         where: str = "VideoWriter",
     ):
         require(codec in CODECS, where, "codec", repr(codec), "one of " + ", ".join(CODECS))
         require(fps > 0 and math.isfinite(fps), where, "fps", fps, "a frame rate above 0")
-        require(width > 0 and height > 0, where, "size", f"{width}x{height}", "at least one pixel")
+        least = CODECS[codec].smallest  # x265 writes beyond its memory where frames are narrower than 50 pixels
+        fits = width >= least[0] and height >= least[1]
+        require(fits, where, "size", f"{width}x{height}", f"at least {least[0]}x{least[1]} pixels for {codec}")
         self.path, self.width, self.height, self.where = Path(path), width, height, where
-        self.fps = Fraction(fps).limit_denominator(1001 if isinstance(fps, float) else 1_000_000)
+        self.fps = exact_rate(fps)
         self.frames_written = 0
         self._codec = CODECS[codec]
         worst = self._codec.worst_crf
@@ -105,39 +120,38 @@ class VideoWriter:
         expected = f"one of {', '.join(known)} for {codec}"
         require(self._format in known, where, "pixel_format", repr(pixel_format), expected)
         self._levels = np.iinfo(np.uint16 if "10" in self._format else np.uint8)
-        self._times = times
-        self._sound_length = audio_range[1] if audio_range else math.inf
+        self._in_order, self._encodes = in_order or times is not None, copied is None
         self._reformatter = VideoReformatter()
-        self._track = None
-        self._partial = self.path.with_name(f".{self.path.stem}.{uuid.uuid4().hex[:8]}.partial")
-        self._output = av.open(
-            str(self._partial),
-            "w",
-            format=self._codec.muxer,
-            options={"movflags": "use_metadata_tags"} if self._codec.muxer in ("mp4", "mov") else {},
+        self._output = VideoOutput(
+            self.path,
+            self._codec.muxer,
+            self.fps,
+            lambda container: self._add_stream(container, quality, copied),
+            times,
+            audio_source,
+            audio_range,
+            metadata,
+            mark,
+            where,
         )
-        try:
-            for key, value in (metadata or {}).items():
-                self._output.metadata[key] = value if isinstance(value, str) else json.dumps(value)
-            self._stream = self._add_stream(quality)
-            if audio_source is not None:
-                start = audio_range[0] if audio_range else 0.0
-                self._track = AudioTrack(Path(audio_source), self._output, self._codec.muxer, start, where)
-        except BaseException:
-            self._discard()
-            raise
+        self._stream = self._output.stream
 
-    def _add_stream(self, quality: int):
+    def _add_stream(self, container, quality: int, copied: Path | None):
+        if copied is not None and self._codec.muxer == "mp4":  # where the header tells how packets are packed
+            with open_video(copied, self.where) as (_, template):
+                stream = container.add_stream_from_template(template)
+                stream.codec_context.codec_tag = template.codec_context.codec_tag
+            return stream
         options = dict(self._codec.options)
         if self._codec.worst_crf is not None:
             options["crf"] = str(quality)
-        stream = self._output.add_stream(self._codec.encoder, rate=self.fps, options=options)
+        if self._codec.encoder == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+            options["x264-params"] = "asm=avx2"  # with AVX-512 the same frames do not always give the same bits
+        stream = container.add_stream(self._codec.encoder, rate=self.fps, options=options)
         if self._codec.encoder == "libvpx-vp9":
             stream.bit_rate = 0
-        if self._times is not None:
-            stream.time_base = FINE
-            if self._codec.encoder.startswith("libx26"):
-                stream.max_b_frames = 0  # a frame coded ahead of its time makes the file's length come out short
+        if self._in_order and self._codec.encoder.startswith("libx26"):
+            stream.max_b_frames = 0
         if self._codec.encoder == "libx265":
             stream.codec_context.codec_tag = "hvc1"
         stream.pix_fmt = self._format
@@ -163,6 +177,12 @@ class VideoWriter:
         )
         for frame in frames:
             self._encode(self._quantised(frame))
+
+    def copy(self, path: Path) -> None:
+        """Take over the frames of a file that a writer of the same settings made, without encoding them again."""
+        with open_video(path, self.where) as (container, stream):
+            self._output.mux((packet for packet in container.demux(stream) if packet.size), self.frames_written)
+        self.frames_written = self._output.frames
 
     def _quantised(self, frame: np.ndarray) -> np.ndarray:
         """The frame in as many levels as the pixel format needs, with even sides where it needs those."""
@@ -191,51 +211,33 @@ class VideoWriter:
         else:
             frame = self._reformatter.reformat(frame, format=self._format)
         frame.pts, frame.time_base = self.frames_written, 1 / self.fps
-        self._mux(self._stream.encode(frame))
+        self._output.mux(self._stream.encode(frame))
         self.frames_written += 1
-        if self._track is not None:
-            self._track.feed(self._sound_end())
-
-    def _mux(self, packets) -> None:
-        for packet in packets:
-            if self._times is not None:
-                shown, end = self._time(packet.pts), self._time(packet.pts + 1)
-                packet.pts = packet.dts = round(shown / FINE)
-                packet.duration, packet.time_base = round(end / FINE) - packet.pts, FINE
-            self._output.mux(packet)
-
-    def _time(self, frame: int) -> float:
-        """Seconds from the first frame to frame ``frame``, or to the end of the one before."""
-        if self._times is None:
-            return float(frame / self.fps)
-        if frame < len(self._times):
-            return float(self._times[frame])
-        return float(self._times[frame - 1] + 1 / self.fps)
-
-    def _sound_end(self) -> float:
-        return min(self._time(self.frames_written), self._sound_length)
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None:
-            self._discard()
+            self.discard()
             return
         try:
-            require(self.frames_written > 0, self.where, "frames", "empty", "at least one frame")
-            self._mux(self._stream.encode(None))
-            if self._track is not None:
-                self._track.finish(self._sound_end())
-            self._output.close()
-            self._partial.replace(self.path)
+            self.finish()
         except BaseException:
-            self._discard()
+            self.discard()
             raise
 
-    def _discard(self) -> None:
-        if self._track is not None:
-            self._track.close()
-        with suppress(av.FFmpegError, OSError, ValueError):
-            self._output.close()
-        self._partial.unlink(missing_ok=True)
+    def finish(self) -> None:
+        """Put the whole file in its place."""
+        require(self.frames_written > 0, self.where, "frames", "empty", "at least one frame")
+        if self._encodes:
+            packets = self._stream.encode(None)
+            if self.frames_written <= 2:  # which are always in order; x265 leaves the dts of so few uninitialised
+                for packet in packets:
+                    packet.dts = packet.pts
+            self._output.mux(packets)
+        self._output.finish()
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        self._output.discard()

@@ -108,24 +108,20 @@ def temporary_file(name: str, size_bytes: int, where: str, text: NodeText) -> Pa
     return folder / f"{name}-{uuid.uuid4().hex}.safetensors"
 
 
-def resume_input() -> io.Combo.Input:
+def resume_input(
+    tooltip: str = "resume (default): a run with the same inputs that was cancelled or crashed goes on after its last "
+    "whole step, and ends with the same result; a finished one is read from the disk. start afresh: all steps are "
+    "done again.",
+) -> io.Combo.Input:
     """Whether a run that was broken off goes on."""
-    return io.Combo.Input(
-        "resume",
-        options=RESUME,
-        default=RESUME[0],
-        optional=True,
-        tooltip="resume (default): a run with the same inputs that was cancelled or crashed goes on after its last "
-        "whole step, and ends with the same result; a finished one is read from the disk. start afresh: all steps are "
-        "done again.",
-    )
+    return io.Combo.Input("resume", options=RESUME, default=RESUME[0], optional=True, tooltip=tooltip)
 
 
 def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume: str, text: NodeText) -> Run:
     """The run on disk of these inputs, begun or new, once there is room for the rest of it. Older runs make room.
 
     Args:
-        size_bytes: of the whole run on disk.
+        size_bytes: of the whole run on disk; 0 where that cannot be told.
         resume: one of ``RESUME``.
         text: told what the disk is asked for, and when an earlier run is there and cannot be gone on with.
 
@@ -137,10 +133,11 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
     run = open_run(folder, kind, identity, afresh=resume != RESUME[0])
     if run.note:
         text.put("resume", run.note)
-    left = max(0, size_bytes - run.size())
+    left = 0 if run.finished else max(0, size_bytes - run.size())
     with run.closed_on_error():
         remove_old_runs(folder, left)
-        require_room(kind, left, folder, where, text, "latent" if kind == "inversion" else "trajectory")
+        if left:
+            require_room(kind, left, folder, where, text, "latent" if kind == "inversion" else "trajectory")
     return run
 
 

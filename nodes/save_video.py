@@ -1,6 +1,5 @@
 """AdaFlowSaveVideo: latents or images into a video file, a chunk at a time, with the source's sound."""
 
-import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -17,10 +16,13 @@ from comfy_api.latest import InputImpl, io, ui
 
 from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.video import VideoClip
+from ..adaflow.video_segments import SegmentedWriter, coding_identity
 from ..adaflow.video_writer import CODECS, PIXEL_FORMATS, VideoWriter
-from .common import disk_errors_explained, refusal
+from .common import RESUME, disk_errors_explained, refusal, resumable_run, resume_input
 from .encode_video import auto_chunk, require_finite, require_image_vae
 from .lazy_video import clip_of
+from .patching.fingerprint import fingerprint, vae_fingerprint
+from .patching.preview import NodeText
 from .patching.vae import ChunkedVAE
 from .types import CATEGORY
 
@@ -30,10 +32,9 @@ DEFAULT_QUALITY = 18
 LONGEST_PREFIX = 200  # characters
 
 
-def _decoded(samples: torch.Tensor, vae, chunk: int) -> Iterator[torch.Tensor]:
-    """Images (n, height, width, 3) of latents (frames, channels, h, w), ``chunk`` frames at a time."""
-    first = 0
-    for images in ChunkedVAE(vae, chunk, NODE).decode(samples):
+def _decoded(samples: torch.Tensor, vae, chunk: int, first: int) -> Iterator[torch.Tensor]:
+    """Images (n, height, width, 3) of latents (frames, channels, h, w) from frame ``first`` on, a chunk at a time."""
+    for images in ChunkedVAE(vae, chunk, NODE).decode(samples[first:]):
         cause = "finite pixels: the VAE overflows in half precision, start ComfyUI with --fp32-vae or --bf16-vae"
         require_finite(images, first, NODE, "vae", cause)
         yield images.float()
@@ -57,13 +58,7 @@ def _require_latents(samples: torch.Tensor, vae) -> None:
         require_finite(samples[first : first + 64], first, NODE, "frames", cause)
 
 
-def _images_of(frames, vae, chunk: int) -> tuple[int, Iterator[torch.Tensor]]:
-    """``(number of frames, iterator of images (n, height, width, 3) on the CPU)``."""
-    if isinstance(frames, dict) and "samples" in frames:
-        samples = frames["samples"]
-        _require_latents(samples, vae)
-        chunk = chunk or auto_chunk(samples.shape[3] * 8, samples.shape[2] * 8)
-        return len(samples), _decoded(samples, vae, chunk)
+def _require_images(frames) -> None:
     require(isinstance(frames, torch.Tensor), NODE, "frames", f"a {type(frames).__name__}", "a LATENT or an IMAGE")
     require(
         frames.ndim == 4 and len(frames) > 0 and frames.shape[-1] in (3, 4),
@@ -72,8 +67,28 @@ def _images_of(frames, vae, chunk: int) -> tuple[int, Iterator[torch.Tensor]]:
         f"an IMAGE of shape {tuple(frames.shape)}",
         "(frames, height, width, 3)",
     )
-    chunk = chunk or auto_chunk(frames.shape[2], frames.shape[1])
-    return len(frames), (piece[..., :3].float().cpu() for piece in frames.split(chunk))
+
+
+def _size(frames, vae) -> tuple[int, int, int]:
+    """``(number of frames, width, height)`` of a LATENT, once decoded, or an IMAGE batch."""
+    if isinstance(frames, dict) and "samples" in frames:
+        _require_latents(frames["samples"], vae)
+        count, _, height, width = frames["samples"].shape
+        return count, width * vae.upscale_ratio, height * vae.upscale_ratio
+    _require_images(frames)
+    return len(frames), frames.shape[2], frames.shape[1]
+
+
+def _resumable_writer(samples: torch.Tensor, vae, resume: str, target: Path, settings: dict) -> SegmentedWriter:
+    """A writer that goes on where a save of these latents with these settings was broken off, and says so."""
+    text = NodeText(NODE)
+    identity = {"latents": fingerprint(samples), "vae": vae_fingerprint(vae), **coding_identity(**settings)}
+    run = resumable_run("save", identity, 0, NODE, resume, text)
+    with run.closed_on_error():
+        writer = SegmentedWriter(run, target, **settings)
+        if writer.frames_written:
+            text.put("resume", f"resumed from frame {writer.frames_written} of {len(samples)}")
+    return writer
 
 
 def _frame_rate(fps: float, frames, clip: VideoClip | None) -> Fraction | float:
@@ -166,6 +181,11 @@ class AdaFlowSaveVideo(io.ComfyNode):
                     "plays; yuv422p10le for prores; RGB for ffv1. 444 keeps colours as fine as brightness, 10 bits "
                     "avoid bands in skies; few players show them. vp9 takes 8 bits, prores 422 or 444 in 10.",
                 ),
+                resume_input(
+                    "resume (default): a save of the same latents with the same settings that was cancelled or crashed "
+                    "goes on from the last frames that are whole, 64 or so at a time, and ends in the same file. start "
+                    "afresh: all frames are decoded again. An IMAGE batch always is."
+                ),
             ],
             outputs=[io.Video.Output("VIDEO", display_name="video", tooltip="The saved file.")],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -173,49 +193,56 @@ class AdaFlowSaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, fps=None, codec=None, filename_prefix=None, pixel_format=None):
+    def validate_inputs(cls, fps=None, codec=None, filename_prefix=None, pixel_format=None, resume=None):
         """Refuse before anything runs what ComfyUI does not check."""
         try:
             if filename_prefix is not None:
                 require_inside(filename_prefix)
         except InputError as error:
             return str(error)
-        return refusal(cls, fps=fps, codec=codec, filename_prefix=filename_prefix, pixel_format=pixel_format)
+        choices = {"codec": codec, "pixel_format": pixel_format, "resume": resume}
+        return refusal(cls, fps=fps, filename_prefix=filename_prefix, **choices)
 
     @classmethod
     def execute(
-        cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0, pixel_format="auto"
-    ) -> io.NodeOutput:
+        cls, frames, fps, codec, quality, filename_prefix, vae=None, source=None, chunk=0, pixel_format="auto",
+        resume=RESUME[0],
+    ) -> io.NodeOutput:  # fmt: skip
+        require_one_of(codec, CODECS, NODE, "codec")
+        require_one_of(resume, RESUME, NODE, "resume")
+        require(0.0 <= fps <= MAX_FPS, NODE, "fps", fps, f"0 (the source's) to {MAX_FPS:g} frames per second")
+        coding = {"codec": codec, "quality": quality, "pixel_format": None if pixel_format == "auto" else pixel_format}
         with disk_errors_explained(NODE):
-            return cls._save(frames, fps, codec, quality, filename_prefix, vae, source, chunk, pixel_format)
+            return cls._save(frames, fps, coding, filename_prefix, vae, source, chunk, resume)
 
     @classmethod
-    def _save(cls, frames, fps, codec, quality, filename_prefix, vae, source, chunk, pixel_format) -> io.NodeOutput:
-        require_one_of(codec, CODECS, NODE, "codec")
-        require(0.0 <= fps <= MAX_FPS, NODE, "fps", fps, f"0 (the source's) to {MAX_FPS:g} frames per second")
+    def _save(cls, frames, fps, coding: dict, prefix, vae, source, chunk, resume) -> io.NodeOutput:
         clip = clip_of(source, NODE, "source") if source is not None else None
-        count, images = _images_of(frames, vae, chunk)
+        count, width, height = _size(frames, vae)
         rate = _frame_rate(fps, frames, clip)
-        first = next(images)
-        height, width = first.shape[1:3]
-        target, subfolder = _target(filename_prefix, CODECS[codec].extension, width, height)
-        progress = comfy.utils.ProgressBar(count)
+        target, subfolder = _target(prefix, CODECS[coding["codec"]].extension, width, height)
         sound = clip is not None and clip.info.has_audio
-        with VideoWriter(
-            target,
-            rate,
-            width,
-            height,
-            codec=codec,
-            quality=quality,
-            pixel_format=None if pixel_format == "auto" else pixel_format,
-            times=_times(rate, count, clip),
-            audio_source=clip.info.path if sound else None,
-            audio_range=clip.audio_range() if sound else None,
-            metadata=cls._metadata(),
-            where=NODE,
-        ) as writer:
-            for piece in itertools.chain([first], images):
+        settings = {
+            "fps": rate,
+            "width": width,
+            "height": height,
+            **coding,
+            "times": _times(rate, count, clip),
+            "audio_source": clip.info.path if sound else None,
+            "audio_range": clip.audio_range() if sound else None,
+            "metadata": cls._metadata(),
+            "where": NODE,
+        }
+        chunk = chunk or auto_chunk(width, height)
+        if isinstance(frames, torch.Tensor):
+            writer = VideoWriter(target, **settings)
+            images = (piece[..., :3].float().cpu() for piece in frames.split(chunk))
+        else:
+            writer = _resumable_writer(frames["samples"], vae, resume, target, settings)
+            images = _decoded(frames["samples"], vae, chunk, writer.frames_written)
+        progress = comfy.utils.ProgressBar(count)
+        with writer:
+            for piece in images:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 writer.write(piece.numpy())
                 progress.update_absolute(writer.frames_written, count)  # with a picture the video would not show

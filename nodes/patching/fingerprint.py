@@ -54,6 +54,13 @@ def model_fingerprint(model_patcher: ModelPatcher) -> str:
     return fingerprint([model_patcher, torch.__version__, device])
 
 
+def vae_fingerprint(vae) -> str:
+    """The same of a VAE: its weights, sampled, and how and where it computes."""
+    device = comfy.model_management.get_torch_device_name(getattr(vae, "device", comfy.model_management.vae_device()))
+    model, dtype = getattr(vae, "first_stage_model", vae), getattr(vae, "vae_dtype", None)
+    return fingerprint([model, dtype, torch.__version__, device])
+
+
 class _Hasher:
     def __init__(self):
         self.digest = hashlib.sha256()

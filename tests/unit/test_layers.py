@@ -36,7 +36,7 @@ ORDER = [
     {"propagation"},
     {"plan", "picture", "estimate"},
 ]
-VIDEO = {"video", "video_audio", "video_decode", "video_writer"}
+VIDEO = {"video", "video_audio", "video_decode", "video_output", "video_segments", "video_writer"}
 
 
 def imports(path: Path) -> list[tuple[int, str, list[str]]]:
