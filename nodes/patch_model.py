@@ -6,7 +6,7 @@ from .common import refusal
 from .joint_edit import share_inputs
 from .patching.evaluator import EditSettings
 from .patching.patch import patch_edit
-from .propagate import propagation_inputs
+from .propagate import compile_input, propagation_inputs
 from .types import CATEGORY, Plan, Trajectory
 
 
@@ -31,6 +31,7 @@ class AdaFlowPatchModel(io.ComfyNode):
                 io.Boolean.Input("start_from_trajectory", default=True, optional=True, tooltip="Default on: whatever "
                     "noise the sampler makes is replaced by the inverted clip at the sampler's first sigma. Off keeps "
                     "the sampler's own start: then give it the noisiest LATENT and turn its noise off."),
+                compile_input(),
             ],
             outputs=[io.Model.Output(tooltip="The patched model.")],
         )  # fmt: skip
@@ -42,9 +43,15 @@ class AdaFlowPatchModel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, plan, trajectory, feature_share, attention_share, interpolation, chunk, start_from_trajectory=True
-    ) -> io.NodeOutput:
+        cls, model, plan, trajectory, feature_share, attention_share, interpolation, chunk, start_from_trajectory=True,
+        compile=False,
+    ) -> io.NodeOutput:  # fmt: skip
         settings = EditSettings(
-            feature_share, attention_share, interpolation, chunk=chunk, start_from_trajectory=start_from_trajectory
+            feature_share,
+            attention_share,
+            interpolation,
+            chunk=chunk,
+            start_from_trajectory=start_from_trajectory,
+            compile=compile,
         )
         return io.NodeOutput(patch_edit(model, plan, trajectory, settings, "AdaFlowPatchModel"))

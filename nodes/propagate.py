@@ -21,6 +21,18 @@ def propagation_inputs() -> list[io.Input]:
     ]
 
 
+def compile_input() -> io.Input:
+    """Whether propagation is compiled, which two nodes take."""
+    return io.Boolean.Input(
+        "compile",
+        default=False,
+        optional=True,
+        tooltip="Default off. On runs the propagation through torch.compile: the first step is slow, those after it "
+        "may be faster, and the result is the same up to rounding. For long clips. Needs a C compiler; without one it "
+        "goes on as if off, with a message.",
+    )
+
+
 class AdaFlowTokenPropagate(io.ComfyNode):
     """Joint edit and propagation, step by step, over the whole clip."""
 
@@ -36,6 +48,7 @@ class AdaFlowTokenPropagate(io.ComfyNode):
                 Edit.Input("edit", tooltip="From AdaFlow Joint Keyframe Edit."),
                 *propagation_inputs(),
                 resume_input(),
+                compile_input(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="Every frame, edited: for AdaFlow Save Video.")],
         )
@@ -46,9 +59,9 @@ class AdaFlowTokenPropagate(io.ComfyNode):
         return refusal(cls, resume=resume)
 
     @classmethod
-    def execute(cls, edit, interpolation, chunk, resume=RESUME[0]) -> io.NodeOutput:
+    def execute(cls, edit, interpolation, chunk, resume=RESUME[0], compile=False) -> io.NodeOutput:
         where = "AdaFlowTokenPropagate"
         edit.check(where)
-        settings = replace(edit.settings, interpolate=interpolation, chunk=chunk)
+        settings = replace(edit.settings, interpolate=interpolation, chunk=chunk, compile=compile)
         frames = tuple(range(edit.trajectory.frames))
         return io.NodeOutput({"samples": sample_edit(edit, settings, frames, where, resume)})

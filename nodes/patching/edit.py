@@ -70,7 +70,7 @@ class Edit:
     def identity(self, settings: EditSettings, frames: tuple[int, ...]) -> dict:
         """Everything that the result of :meth:`sample` depends on, to open its run with.
 
-        The chunk is left out: it changes nothing beyond rounding, and a run resumed keeps the one that it had.
+        Chunk and compiling are left out: they change nothing beyond rounding, and a run resumed keeps its chunk.
         """
         return {
             "format": FORMAT,
@@ -80,7 +80,7 @@ class Edit:
             "prompts": fingerprint([self.positive, self.negative]),
             "trajectory": fingerprint(self.trajectory),
             "plan": fingerprint(self.plan),
-            "settings": fingerprint(replace(settings, chunk=0)),
+            "settings": fingerprint(replace(settings, chunk=0, compile=False)),
             "sampling": [self.steps, self.cfg, self._sampler, self.scheduler, self.seed],
         }
 

@@ -18,6 +18,7 @@ from ...adaflow.estimate import Pace
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import lockstep
+from .compiled import BlockCompiler
 from .families import UNetFamily
 from .memory import halved
 from .passes import (
@@ -47,6 +48,7 @@ class EditSettings:
         budget: keyframes' worth of keys and values that a keyframe attends to.
         chunk: frames evaluated at once; 0 chooses from the free memory.
         start_from_trajectory: replace the sampler's start by the trajectory's latent of the first sigma.
+        compile: run propagation through torch.compile, where it can.
     """
 
     feature_share: float = 0.8
@@ -55,6 +57,7 @@ class EditSettings:
     budget: int = 20
     chunk: int = 0
     start_from_trajectory: bool = True
+    compile: bool = False
 
 
 def step_of(sigma: float, sample_sigmas: Tensor) -> int:
@@ -75,6 +78,10 @@ def auto_chunk(model, shape, branches: int, device) -> int:
     return int(min(max(comfy.model_management.get_free_memory(device) / 2 // one_frame, 1), MAX_CHUNK))
 
 
+def _stop_if_cancelled() -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 def wait_for(values: Tensor) -> None:
     """Return when the device has computed ``values``, not when it was told to."""
     values.flatten()[0].item()
@@ -89,6 +96,7 @@ class EditEvaluator:
         source_cond: processed conditioning of the source prompt.
         sample_sigmas: descending, of the sampler.
         pace: told how long things take.
+        compiler: for propagation; None: none.
     """
 
     def __init__(
@@ -102,11 +110,12 @@ class EditEvaluator:
         source_cond: dict,
         sample_sigmas: Tensor,
         pace: Pace,
+        compiler: BlockCompiler | None = None,
     ):
         self.unet, self.family, self.plan, self.trajectory, self.settings = unet, family, plan, trajectory, settings
         self.frames, self.source_cond, self.sample_sigmas = frames, source_cond, sample_sigmas
         self._rows = {frame: row for row, frame in enumerate(frames)}
-        self.pace = pace
+        self.pace, self.compiler = pace, compiler
         self._chunk = settings.chunk
 
     @property
@@ -123,8 +132,9 @@ class EditEvaluator:
         sigma = float(timestep[0])
         step = step_of(sigma, self.sample_sigmas)
         self.pace.begin_step(step)
+        self.plan.expect(range(step, self.steps), self.settings.interpolate, _stop_if_cancelled)
         evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
-        with tapped(self.unet, self.family):
+        with tapped(self.unet, self.family, blocks=self.compiler is not None):
             out = evaluation.run()
         self._check_finite(out, step, sigma)
         return out
@@ -195,17 +205,22 @@ class _Evaluation:
                 edit.halve_chunk(error, len(chunks[0]), self.x, divisible=self._may_split())
         self.state.sources.clear()
         left = [frame for frame in edit.frames if frame not in set(keyframes)]
+        total = len(left)
         while left:
             frames, chunk_begun = left[: self._chunk()], time.perf_counter()
+            matched = edit.plan.matching_seconds
+            size = len(frames) if edit.compiler is None else min(self._chunk(), total)  # one shape is compiled
             try:
-                predictions = self._propagate(frames)
+                predictions = self._propagate(frames + frames[-1:] * (size - len(frames)))
             except RuntimeError as error:
-                edit.halve_chunk(error, len(frames), self.x)
+                edit.halve_chunk(error, size, self.x)
                 continue
+            predictions = [prediction[: len(frames)] for prediction in predictions]
             self._store(out, frames, predictions)
             wait_for(predictions[0])
-            now = time.perf_counter()
-            edit.pace.measured(chunk_begun - begun + (now - chunk_begun) * len(left) / len(frames))
+            now, matching = time.perf_counter(), edit.plan.matching_seconds - matched  # for later steps too
+            edit.pace.once(matching)
+            edit.pace.measured(chunk_begun - begun + (now - chunk_begun - matching) * len(left) / len(frames))
             left = left[len(frames) :]
         return out
 
@@ -250,13 +265,14 @@ class _Evaluation:
     def _propagate(self, frames: list[int]) -> list[Tensor]:
         where = self.edit.plan.propagation(frames, self.state.keyframes, self.edit.settings.interpolate)
         tables: MatchTables = {}
+        shared = self.state, where, tables, self.edit.compiler
         if self.injection.conv:
-            self._evaluate(self.sources, frames, SourcePropagationPass(self.state, where, tables), source=True)
-        return self._evaluate(self.conds, frames, EditPropagationPass(self.state, where, tables))
+            self._evaluate(self.sources, frames, SourcePropagationPass(*shared), source=True)
+        return self._evaluate(self.conds, frames, EditPropagationPass(*shared))
 
     def _evaluate(self, conds, frames, step_pass, source: bool = False) -> list[Tensor]:
         """``calc_cond_batch`` of some frames under a pass; the source branch reads the trajectory instead of x."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        _stop_if_cancelled()
         rows = self.edit.rows(frames)
         x = self.edit.trajectory.at(self.sigma, list(frames)).to(self.x) if source else self.x[rows]
         options = with_pass(self.model_options, step_pass)

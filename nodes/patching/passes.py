@@ -13,6 +13,7 @@ from ...adaflow.attention import extended_attention, frame_attention
 from ...adaflow.descriptors import Area
 from ...adaflow.plan import EditPlan, Propagation
 from ...adaflow.propagation import gather_outputs
+from .compiled import BlockCompiler
 from .families import UNetFamily
 from .lockstep import Exchange
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
@@ -165,14 +166,31 @@ class PropagationPass(UNetPass):
 
     Args:
         tables: filled at need, and shared by the source's and the edit's pass over the same frames.
+        compiler: runs the blocks that it can; None: none.
     """
 
-    def __init__(self, state: StepState, where: Propagation, tables: MatchTables):
-        self.state, self.where, self._tables = state, where, tables
+    def __init__(
+        self, state: StepState, where: Propagation, tables: MatchTables, compiler: BlockCompiler | None = None
+    ):
+        self.state, self.where, self._tables, self._compiler = state, where, tables, compiler
         self._slots = {frame: slot for slot, frame in enumerate(state.keyframes)}
 
+    @property
+    def channels_last(self) -> bool:
+        return self._compiler is not None and not self._compiler.failed
+
+    def block(self, call, block, attentions, forward, args):
+        if self._compiler is None or not self._compiler.takes(block, args):
+            return forward(*args)
+        size = args[0].shape[2:].numel()
+        outputs = {attn: self._output(call, layer, call.layer_size(size)) for layer, attn in attentions}
+        return self._compiler.run(block, forward, args, outputs)
+
     def self_attention(self, call, layer, attn, x, context, value):
-        size = call.layer_size(x.shape[1])
+        return self._output(call, layer, call.layer_size(x.shape[1]))
+
+    def _output(self, call: UNetCall, layer: Layer, size) -> Tensor:
+        """Of one self-attention, (branches * frames, tokens, channels)."""
         parts = []
         for branch in call.branches:
             outputs, area = self.state.keyframe_outputs(branch, layer), self.state.areas[branch]

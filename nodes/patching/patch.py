@@ -13,6 +13,7 @@ from ...adaflow.errors import InputError, require
 from ...adaflow.estimate import Pace, edit_needs
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
+from .compiled import BlockCompiler
 from .evaluator import EditEvaluator, EditSettings, auto_chunk
 from .families import UNetFamily, model_signature, unet_family
 from .memory import announce, unet_sizes
@@ -96,6 +97,7 @@ class EditPatch:
             noise, latent_image = self._start(model, executor.class_obj, guider, sigmas, noise)
         source = self._source_cond(model, noise, latent_image, extra_args)
         self.plan.device = noise.device
+        compiler = BlockCompiler(lambda line: text.put("compile", line)) if self.settings.compile else None
         run = EditEvaluator(
             model.diffusion_model,
             self.family,
@@ -106,11 +108,16 @@ class EditPatch:
             source,
             sigmas,
             Pace(len(sigmas) - 1, lambda line: text.put("time", line)),
+            compiler,
         )
         options = extra_args["model_options"]
         options = {**options, "transformer_options": {**options["transformer_options"], RUN_KEY: run}}
         extra_args = {**extra_args, "model_options": options}
-        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        try:
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        finally:
+            if compiler is not None:
+                compiler.close()
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """Hand an evaluation to the run in progress."""

@@ -1,17 +1,18 @@
-"""Hooks on a UNet's self-attentions and on the injected ResBlock, held for one evaluation.
+"""Hooks on a UNet's self-attentions, on the injected ResBlock and, if asked, on whole blocks, held for one evaluation.
 
 A pass (see ``passes.py``) travels in ``transformer_options["adaflow"]``; the DIFFUSION_MODEL wrapper binds it to the
 forward that is running, and the hooks hand that forward's activations to it. A context variable carries the binding,
 so that a forward paused in one greenlet does not see another's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 
 from ...adaflow.descriptors import layer_sizes
@@ -66,7 +67,19 @@ class UNetCall:
 
 
 class UNetPass:
-    """What happens at the taps during the forwards of one pass. The base leaves the UNet as it is."""
+    """What happens at the taps during the forwards of one pass. The base leaves the UNet as it is.
+
+    Attributes:
+        channels_last: whether the forward is to run in that memory format.
+    """
+
+    channels_last = False
+
+    def block(
+        self, call: UNetCall, block: nn.Module, attentions: list["Tap"], forward: Callable, args: tuple
+    ) -> Tensor:
+        """Output of a ResBlock or SpatialTransformer with these self-attentions; ``forward`` is its own."""
+        return forward(*args)
 
     def self_attention(self, call: UNetCall, layer: Layer, attn: nn.Module, x: Tensor, context, value) -> Tensor | None:
         """Output of ``attn`` after its output projection, (batch, tokens, channels), or None to leave it alone."""
@@ -80,7 +93,10 @@ class UNetPass:
         """Sees the output of the descriptor block, (batch, channels, height, width)."""
 
 
-def self_attentions(unet: nn.Module) -> Iterator[tuple[Layer, nn.Module]]:
+Tap = tuple[Layer, nn.Module]  # a self-attention and its place
+
+
+def self_attentions(unet: nn.Module) -> Iterator[Tap]:
     """Every self-attention of a UNet with its place."""
     sections = {"input": unet.input_blocks, "middle": [unet.middle_block or ()], "output": unet.output_blocks}
     for section, blocks in sections.items():
@@ -92,9 +108,18 @@ def self_attentions(unet: nn.Module) -> Iterator[tuple[Layer, nn.Module]]:
 
 
 @contextmanager
-def tapped(unet: nn.Module, family: UNetFamily):
-    """Hold the hooks on ``unet``; every one is gone when the block is left, whatever the reason."""
+def tapped(unet: nn.Module, family: UNetFamily, blocks: bool = False):
+    """Hold the hooks on ``unet``; every one is gone when the block is left, whatever the reason.
+
+    Args:
+        blocks: hold them on whole blocks too, but for the injected one and those that somebody else holds.
+    """
     undo = []
+
+    def put(module: nn.Module, forward: Callable) -> None:
+        replaced = vars(module).get("forward")
+        undo.append(lambda: restore_forward(module, replaced))
+        module.forward = forward
 
     def attention_forward(layer: Layer, attn: nn.Module):
         original = attn.forward
@@ -103,6 +128,17 @@ def tapped(unet: nn.Module, family: UNetFamily):
             call = _running.get()
             out = None if call is None else call.step_pass.self_attention(call, layer, attn, x, context, value)
             return original(x, context, value, *args, **kwargs) if out is None else out
+
+        return forward
+
+    def block_forward(block: nn.Module, attentions: list[Tap]):
+        original = block.forward
+
+        def forward(*args, **kwargs):
+            call = _running.get()
+            if call is None or kwargs:
+                return original(*args, **kwargs)
+            return call.step_pass.block(call, block, attentions, original, args)
 
         return forward
 
@@ -116,12 +152,15 @@ def tapped(unet: nn.Module, family: UNetFamily):
             call.step_pass.descriptor(call, output)
 
     try:
-        for layer, attn in self_attentions(unet):
-            replaced = vars(attn).get("forward")
-            undo.append(lambda attn=attn, replaced=replaced: _restore_forward(attn, replaced))
-            attn.forward = attention_forward(layer, attn)
-        conv = unet.output_blocks[family.conv_block][0].out_layers[-1]
-        undo.append(conv.register_forward_hook(conv_hook).remove)
+        attentions = list(self_attentions(unet))
+        for layer, attn in attentions:
+            put(attn, attention_forward(layer, attn))
+        conv = unet.output_blocks[family.conv_block][0]
+        for block in unet.modules() if blocks else ():
+            if type(block) in (ResBlock, SpatialTransformer) and block is not conv and "forward" not in vars(block):
+                inside = set(block.modules())
+                put(block, block_forward(block, [tap for tap in attentions if tap[1] in inside]))
+        undo.append(conv.out_layers[-1].register_forward_hook(conv_hook).remove)
         undo.append(unet.output_blocks[family.descriptor_block][-1].register_forward_hook(descriptor_hook).remove)
         yield
     finally:
@@ -129,10 +168,11 @@ def tapped(unet: nn.Module, family: UNetFamily):
             restore()
 
 
-def _restore_forward(attn: nn.Module, replaced) -> None:
-    vars(attn).pop("forward", None)
+def restore_forward(module: nn.Module, replaced) -> None:
+    """Take a forward off a module again, where there was ``replaced``, or none of its own."""
+    vars(module).pop("forward", None)
     if replaced is not None:
-        attn.forward = replaced
+        module.forward = replaced
 
 
 def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -146,6 +186,8 @@ def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict)
     step_pass = options.get(PASS_KEY)
     if step_pass is None:
         return executor(x, *args, **kwargs)
+    if step_pass.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
     call = UNetCall(step_pass, tuple(options["uuids"]), tuple(x.shape[-2:]), family.levels)
     token = _running.set(call)
     try:

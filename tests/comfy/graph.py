@@ -78,18 +78,18 @@ class Graph:
         ).args
         return keyframes["samples"], edit
 
-    def edit(self, plan=None, interpolation=False, chunk=0, resume=AFRESH, **changes):
+    def edit(self, plan=None, interpolation=False, chunk=0, resume=AFRESH, compile=False, **changes):
         """Every frame, edited."""
         _, edit = self.joint(plan, **changes)
-        return AdaFlowTokenPropagate.execute(edit, interpolation, chunk, resume).args[0]["samples"]
+        return AdaFlowTokenPropagate.execute(edit, interpolation, chunk, resume, compile).args[0]["samples"]
 
     def slim(self, budget, plan=None, model=None):
         return AdaFlowSlimAttention.execute(model or self.model, budget, plan).args[0]
 
-    def patch(self, plan=None, model=None, shares=(0.8, 0.8), interpolation=False, chunk=0, start=True):
+    def patch(self, plan=None, model=None, shares=(0.8, 0.8), interpolation=False, chunk=0, start=True, compile=False):
         plan = plan or select(self.descriptors)
         return AdaFlowPatchModel.execute(
-            model or self.model, plan, self.trajectory, *shares, interpolation, chunk, start
+            model or self.model, plan, self.trajectory, *shares, interpolation, chunk, start, compile
         ).args[0]
 
     def sigmas(self):

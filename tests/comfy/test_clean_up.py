@@ -31,7 +31,7 @@ def leftovers(model):
     """Everything of ours that could still hang on a MODEL or its UNet."""
     unet = model.model.diffusion_model
     found = [name for name, module in unet.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    found += [layer for layer, attn in self_attentions(unet) if "forward" in vars(attn)]
+    found += [name for name, module in unet.named_modules() if "forward" in vars(module)]
     found += [key for wrappers in model.wrappers.values() for key in wrappers]
     found += [key for key in model.model_options["transformer_options"] if "adaflow" in key]
     found += [] if _running.get() is None else ["a running call"]
