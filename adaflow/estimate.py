@@ -191,18 +191,22 @@ class Pace:
     def __init__(self, end: int, tell: Callable[[str], None], clock: Callable[[], float] = time.perf_counter):
         self._end, self._tell, self._clock = end, tell, clock
         self._first: tuple[int, float] | None = None
-        self._told = 0
+        self._told, self._once = 0, 0.0
+
+    def once(self, seconds: float) -> None:
+        """Count out some seconds that other steps will not take."""
+        self._once += seconds
 
     def begin_step(self, step: int) -> None:
         """Call it whenever the model is asked for a step, the first being 0."""
         if self._first is None:
             self._first = step, self._clock()
         elif self._told < 2 and step > self._first[0]:
-            self._say((self._clock() - self._first[1]) / (step - self._first[0]))
+            self._say((self._clock() - self._first[1] - self._once) / (step - self._first[0]))
             self._told = 2
 
     def measured(self, seconds: float) -> None:
-        """Tell how long the first step will take, as a part of it shows."""
+        """Tell how long the first step will take, without :meth:`once`, as a part of it shows."""
         if not self._told:
             self._say(seconds)
             self._told = 1

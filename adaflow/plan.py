@@ -1,44 +1,20 @@
 """EditPlan: clips, keyframe draws, KV selections and correspondences; what one edit knows before it samples."""
 
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .correspondence import index_dtype, nearest_tokens
+from .correspondence import matching_dtype
 from .descriptors import Area, Descriptors, layer_sizes, resize_tokens
 from .keyframes import Clips, KeyframeDraws
+from .matching import BoundedCache, Matches, Size
 from .propagation import blend_weight
 from .slimming import select_kv_by_blocks
 
-Size = tuple[int, int]
-MATCH_FRAMES = 8  # matched with their keyframe in one go
 POOL_BYTES = 1 << 30  # of keyframes' descriptors held while tokens are selected
 BLOCK_BYTES = 128 << 20  # of them in float32 that are compared in one go
-
-
-class BoundedCache:
-    """Tensors by key, the least recently used dropped beyond ``max_bytes``."""
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes = max_bytes
-        self._entries: OrderedDict[Hashable, Tensor] = OrderedDict()
-        self._bytes = 0
-
-    def get(self, key: Hashable) -> Tensor | None:
-        """The tensor at ``key``, or None."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-        return self._entries.get(key)
-
-    def put(self, key: Hashable, value: Tensor) -> None:
-        """Keep a tensor that :meth:`get` did not have."""
-        self._bytes += value.nbytes - (self._entries[key].nbytes if key in self._entries else 0)
-        self._entries[key] = value
-        while self._bytes > self.max_bytes and len(self._entries) > 1:
-            self._bytes -= self._entries.popitem(last=False)[1].nbytes
 
 
 class KeyframePool:
@@ -104,8 +80,8 @@ class Propagation:
 class EditPlan:
     """What the method decides from the descriptors alone, before any sampling.
 
-    Matches and selections depend on descriptors only, so they are made once for each keyframe and layer resolution,
-    when first asked for, and kept.
+    Matches and selections depend on descriptors only, so they are made once for each keyframe, when first asked for,
+    and kept.
 
     Args:
         descriptors: of all frames.
@@ -118,14 +94,16 @@ class EditPlan:
     draws: KeyframeDraws
     cache_bytes: int = 1 << 30
     device: torch.device | str = "cpu"
-    _matches: BoundedCache = field(init=False, repr=False)
+    _matches: Matches = field(init=False, repr=False)
     _kept: BoundedCache = field(init=False, repr=False)
+    _draws: dict[int, tuple[int, ...]] = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.clips.frames != self.descriptors.frames:
             raise ValueError(f"clips of {self.clips.frames} frames, descriptors of {self.descriptors.frames}")
         self.draws.check(self.clips)
-        self._matches, self._kept = BoundedCache(self.cache_bytes), BoundedCache(self.cache_bytes)
+        self._matches = Matches(self.descriptors, self.clips, self.cache_bytes, self.device)
+        self._kept, self._draws = BoundedCache(self.cache_bytes), {}
 
     @property
     def frames(self) -> int:
@@ -133,7 +111,22 @@ class EditPlan:
 
     def keyframes(self, step: int) -> tuple[int, ...]:
         """Ascending keyframes of a sampling step, one for each clip."""
-        return self.draws.at(step, self.clips)
+        if step not in self._draws:
+            self._draws[step] = self.draws.at(step, self.clips)
+        return self._draws[step]
+
+    def expect(self, steps: range, interpolate: bool, between: Callable[[], None] = lambda: None) -> None:
+        """Say which steps are being sampled, so that matches for all of them are made with one reading of a clip.
+
+        Args:
+            between: called now and then while matches are made; may raise to stop.
+        """
+        self._matches.expect([self.keyframes(step) for step in steps], interpolate, between)
+
+    @property
+    def matching_seconds(self) -> float:
+        """Spent on matches so far."""
+        return self._matches.seconds
 
     def propagation(self, frames: list[int], keyframes: tuple[int, ...], interpolate: bool) -> Propagation:
         """Where ``frames`` take their outputs from, given a step's ascending ``keyframes``.
@@ -163,37 +156,7 @@ class EditPlan:
         Returns:
             (frames, height * width) int16 or int32, on the CPU.
         """
-        keys = [(frame, keyframe, size, area) for frame, keyframe in zip(frames, keyframes, strict=True)]
-        rows = {key: self._matches.get(key) for key in keys}
-        for keyframe in dict.fromkeys(keyframes):
-            missing = [frame for (frame, of, _, _), row in rows.items() if of == keyframe and row is None]
-            for group in dict.fromkeys(map(self._group, missing)):
-                rows |= self._match(list(group), keyframe, size, area)
-        return torch.stack([rows[key] for key in keys])
-
-    def _group(self, frame: int) -> range:
-        """The frames that are matched along with one.
-
-        They depend on the frame alone, not on what was matched before: a resumed run finds the bits of an unbroken one.
-        """
-        start, stop = self.clips.bounds(self.clips.of(frame))
-        start += (frame - start) // MATCH_FRAMES * MATCH_FRAMES
-        return range(start, min(start + MATCH_FRAMES, stop))
-
-    def _match(self, frames: list[int], keyframe: int, size: Size, area: Area | None) -> dict[tuple, Tensor]:
-        """Match frames at every resolution, their descriptors read once, and keep all; returns those of ``size``."""
-        found = {}
-        keyframe_map = self.descriptors.maps([keyframe], area, self.device)
-        maps = self.descriptors.maps(frames, area, self.device)
-        for level_size in layer_sizes(*maps.shape[2:]):
-            _, index = nearest_tokens(resize_tokens(maps, level_size), resize_tokens(keyframe_map, level_size))
-            for frame, row in zip(frames, index.to("cpu", index_dtype(index.shape[1])), strict=True):
-                key = (frame, keyframe, level_size, area)
-                row = row.clone()  # not a view that keeps the others alive
-                self._matches.put(key, row)
-                if level_size == size:
-                    found[key] = row
-        return found
+        return self._matches.of(frames, keyframes, size, area)
 
     def kept(self, keyframes: tuple[int, ...], budget: int, size: Size, area: Area | None = None) -> Tensor | None:
         """Flat indices of the keys and values that each keyframe keeps, or None for all.
@@ -213,7 +176,7 @@ class EditPlan:
 
         def tokens(rows: list[int]) -> list[Tensor]:
             maps = pool.maps(rows)
-            return [resize_tokens(maps, size) for size in sizes]
+            return [resize_tokens(maps, size).to(matching_dtype(maps.device)) for size in sizes]
 
         kept = select_kv_by_blocks(tokens, len(keyframes), budget, pool.block)
         found = {size: part.cpu() for size, part in zip(sizes, kept, strict=True)}

@@ -12,7 +12,7 @@ def token_importance(tokens: Tensor, query: Tensor) -> Tensor:
     """``g_i(u)``: the best cosine of each keyframe's token to any token of the query keyframe i.
 
     Args:
-        tokens: L2-normalised descriptors of keyframes, (keyframes, tokens, channels).
+        tokens: L2-normalised descriptors of keyframes, as ``cosines`` takes them, (keyframes, tokens, channels).
         query: those of keyframe i, (tokens, channels).
 
     Returns:
@@ -70,7 +70,7 @@ def select_kv_by_blocks(
     kept: list[list[Tensor]] = []
     for queries in blocks:
         query_tokens = tokens(queries)
-        importance = [part.new_empty(len(queries), keyframes, part.shape[1]) for part in query_tokens]
+        importance = [torch.empty(len(queries), keyframes, part.shape[1], device=part.device) for part in query_tokens]
         for keys in blocks:
             key_tokens = query_tokens if keys is queries else tokens(keys)
             for found, query_part, key_part in zip(importance, query_tokens, key_tokens, strict=True):

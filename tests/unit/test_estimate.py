@@ -98,6 +98,16 @@ def test_the_time_is_told_from_a_part_of_the_first_step_and_from_a_whole_one():
     assert len(told) == 2
 
 
+def test_what_is_done_once_is_not_counted_for_every_step():
+    told, now = [], [100.0]
+    pace = Pace(10, told.append, lambda: now[0])
+    pace.begin_step(0)
+    pace.once(30.0)
+    now[0] += 35.0
+    pace.begin_step(1)
+    assert told == ["takes about 50 s: 10 x 5.0 s"]
+
+
 @pytest.mark.parametrize(("seconds", "words"), [(0.26, "0.3 s"), (61, "61 s"), (600, "10 min"), (54_000, "15.0 h")])
 def test_durations(seconds, words):
     assert duration(seconds) == words

@@ -31,6 +31,7 @@ ORDER = [
     {"descriptors"},
     {"correspondence"},
     {"keyframes"},
+    {"matching"},
     {"slimming"},
     {"attention", "attention_triton"},
     {"propagation"},

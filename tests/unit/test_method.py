@@ -1,11 +1,14 @@
 """Fast paths of the method against the float64 oracles, on fresh random inputs."""
 
+import copy
+from itertools import pairwise
+
 import numpy as np
 import oracles
 import pytest
 import torch
 from adaflow_pack.adaflow.attention import extended_attention, frame_attention
-from adaflow_pack.adaflow.correspondence import index_dtype, nearest_tokens
+from adaflow_pack.adaflow.correspondence import index_dtype, nearest_indices, nearest_tokens
 from adaflow_pack.adaflow.ddim import bracket, ddim_timesteps, inversion_step, sigma_to_mu
 from adaflow_pack.adaflow.descriptors import DescriptorWriter
 from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
@@ -118,10 +121,10 @@ class DescriptorsInMemory:
     """Stands for Descriptors: random maps (frames, channels, height, width), and which frames were read together."""
 
     def __init__(self, rng, frames, size):
-        self.frames, self.reads = frames, []
+        self.frames, self.size, self.reads = frames, size, []
         self._maps = normalize(torch.randn(frames, 8, *size, generator=rng), dim=1)
 
-    def maps(self, frames, area=None, device=None):
+    def stored(self, frames, area=None, device=None):
         self.reads.append(tuple(frames))
         return self._maps[frames]
 
@@ -142,6 +145,78 @@ def test_frames_are_matched_in_the_same_groups_whatever_was_matched_before(rng):
             tokens = descriptors._maps[[frame, keyframes[clips.of(frame)]]].flatten(2).transpose(1, 2).double()
             assert torch.equal(found[frame].long(), oracles.nearest(tokens[0], tokens[1]))
     assert asked[0] == asked[1]
+
+
+def propagated(plan, steps, interpolate):
+    """What propagation asks of a plan, chunk after chunk: {(step, frame, keyframe): matches at (4, 6)}."""
+    found = {}
+    for step in steps:
+        keyframes = plan.keyframes(step)
+        frames = [frame for frame in range(plan.frames) if frame not in keyframes]
+        for start in range(0, len(frames), 7):
+            where = plan.propagation(frames[start : start + 7], keyframes, interpolate)
+            for of in {where.keyframes, where.neighbours}:
+                matches = plan.matches(list(where.frames), of, (4, 6))
+                found |= {(step, f, p): row for f, p, row in zip(where.frames, of, matches, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("interpolate", [False, True])
+@pytest.mark.parametrize("steps_kept", [100, 3, 0])
+def test_matches_made_ahead_are_those_made_when_asked_for(rng, interpolate, steps_kept):
+    """And no frame is read more than once where the cache holds all steps; a run that goes on finds the same bits."""
+    starts = (0, *sorted(torch.randperm(39, generator=rng)[:3].add(1).tolist()))
+    clips, steps = Clips(starts, 40), range(6)
+    descriptors = [DescriptorsInMemory(rng, 40, (4, 6))]
+    descriptors += [copy.copy(descriptors[0]) for _ in range(2)]
+    cache_bytes = steps_kept * 40 * (24 + 6 + 2 + 1) * 2 * (1 + interpolate)
+    plain, ahead, resumed = (EditPlan(d, clips, KeyframeDraws(seed=3), cache_bytes) for d in descriptors)
+    for made in descriptors:
+        made.reads = []
+    found = {}
+    for step in steps:
+        ahead.expect(range(step, 6), interpolate)
+        found |= propagated(ahead, [step], interpolate)
+    resumed.expect(range(4, 6), interpolate)
+    later = propagated(resumed, range(4, 6), interpolate)
+    expected = propagated(plain, steps, interpolate)
+    assert found.keys() == expected.keys() and later.keys() == {key for key in found if key[0] >= 4}
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert all(torch.equal(later[key], expected[key]) for key in later)
+    for (_, frame, keyframe), row in expected.items():
+        tokens = descriptors[0]._maps[[frame, keyframe]].flatten(2).transpose(1, 2).double()
+        assert torch.equal(row.long(), oracles.nearest(tokens[0], tokens[1]))
+    whole = [read for read in descriptors[1].reads if len(read) > 1]
+    if steps_kept == 100 and not interpolate:
+        alone = {start for start, stop in pairwise((*starts, 40)) if stop - start == 1}
+        assert sorted(frame for read in whole for frame in read) == [f for f in range(40) if f not in alone]
+    elif steps_kept == 0:
+        assert len(whole) > len(clips)
+
+
+def test_matching_can_be_stopped(rng):
+    plan = EditPlan(DescriptorsInMemory(rng, 40, (4, 6)), Clips((0, 20), 40), KeyframeDraws())
+    keyframes, called = plan.keyframes(0), []
+
+    def between():
+        called.append(plan.matching_seconds)
+        if len(called) == 2:
+            raise InterruptedError
+
+    plan.expect(range(5), False, between)
+    frames = [frame for frame in range(20) if frame != keyframes[0]]
+    with pytest.raises(InterruptedError):
+        plan.matches(frames, (keyframes[0],) * 19, (4, 6))
+    assert plan.matches(frames, (keyframes[0],) * 19, (4, 6)).shape == (19, 24)
+    assert plan.matching_seconds > 0
+
+
+@pytest.mark.parametrize("tile", [1, 7 * 30, 1 << 24])
+def test_indices_alone_are_those_found_with_the_similarity(rng, tile):
+    query, key = tokens(rng, 1, 31, 16)[0].float(), tokens(rng, 1, 30, 16)[0].float()
+    out = torch.empty(31, dtype=torch.int16)
+    nearest_indices(query, key, out, tile)
+    assert torch.equal(out.long(), nearest_tokens(query[None], key[None])[1][0])
 
 
 def test_index_types_hold_their_tokens():
