@@ -46,7 +46,7 @@ class Codec:
 
 CODECS = {
     "h264": Codec("libx264", "mp4", "mp4", "yuv420p", 51),
-    "h265": Codec("libx265", "mp4", "mp4", "yuv420p", 51, {"x265-params": "log-level=error"}, (64, 16)),
+    "h265": Codec("libx265", "mp4", "mp4", "yuv420p", 51, {"x265-params": "log-level=error"}, (64, 32)),
     "vp9": Codec("libvpx-vp9", "webm", "webm", "yuv420p", 63, {"row-mt": "1", "cpu-used": "3"}),
     "prores": Codec("prores_ks", "mov", "mov", "yuv422p10le"),
     "ffv1": Codec("ffv1", "matroska", "mkv", "bgr0"),
@@ -145,8 +145,7 @@ class VideoWriter:
         options = dict(self._codec.options)
         if self._codec.worst_crf is not None:
             options["crf"] = str(quality)
-        if self._codec.encoder == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
-            options["x264-params"] = "asm=avx2"  # with AVX-512 the same frames do not always give the same bits
+        self._give_the_same_bits_each_time(options)
         stream = container.add_stream(self._codec.encoder, rate=self.fps, options=options)
         if self._codec.encoder == "libvpx-vp9":
             stream.bit_rate = 0
@@ -163,6 +162,13 @@ class VideoWriter:
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = MPEG_RANGE
         return stream
+
+    def _give_the_same_bits_each_time(self, options: dict[str, str]) -> None:
+        """Work around encoders that read memory which they never wrote; a resumed file shall be the unbroken one."""
+        if self._codec.encoder == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+            options["x264-params"] = "asm=avx2"
+        if self._codec.encoder == "libx265" and min(self.width, self.height) <= 64:  # one row or column of its blocks
+            options["x265-params"] += ":ctu=16"
 
     def write(self, frames) -> None:
         """Encode frames, (n, height, width, 3), uint8 or float in 0..1 (clipped); numpy or a CPU torch tensor."""

@@ -328,7 +328,7 @@ def test_images_of_other_packs_are_taken_in_any_precision(folders, vae, dtype):
 
 
 def test_the_pixel_format_is_a_choice(folders):
-    images = torch.rand(2, 16, 64, 3)
+    images = torch.rand(2, 32, 64, 3)
     path = saved_path(folders, save(images, fps=5, codec="h265", pixel_format="yuv444p10le"))
     assert probe(path).pixel_format == "yuv444p10le"
     assert probe(saved_path(folders, save(images, fps=5))).pixel_format == "yuv420p"

@@ -264,7 +264,7 @@ def test_unusable_frames_and_settings_are_refused(tmp_path):
         writer.write(bad[:, :, :32])
     with pytest.raises(InputError, match="at least one frame"), VideoWriter(path, 10, 64, 48):
         pass
-    with pytest.raises(InputError, match=r"'size' is 48x48; expected at least 64x16 pixels for h265"):
+    with pytest.raises(InputError, match=r"'size' is 48x48; expected at least 64x32 pixels for h265"):
         VideoWriter(path, 10, 48, 48, codec="h265")  # which would break the process
     for settings in ({"fps": 0}, {"codec": "nope"}, {"quality": 52}, {"audio_source": tmp_path / "gone.mp4"}):
         with pytest.raises(InputError):

@@ -220,3 +220,16 @@ def test_what_a_segment_depends_on():
     first = coding_identity(**chosen)
     assert all(coding_identity(**{**chosen, **change}) == first for change in same)
     assert all(coding_identity(**{**chosen, **change}) != first for change in others)
+
+
+@pytest.mark.parametrize("size", [(64, 32), (64, 64), (192, 128)], ids=str)
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_the_same_frames_give_the_same_bytes_each_time(tmp_path, codec, size):
+    width, height = size
+    frames = np.random.default_rng(0).random((24, height, width, 3), np.float32)
+    found = set()
+    for _ in range(3):
+        with VideoWriter(tmp_path / "a", 24, width, height, codec=codec) as writer:
+            writer.write(frames)
+        found.add((tmp_path / "a").read_bytes())
+    assert len(found) == 1
