@@ -1,5 +1,7 @@
 """What a result must say of where it comes from."""
 
+import importlib.metadata
+import platform
 import subprocess
 from pathlib import Path
 
@@ -8,16 +10,23 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def commit() -> str:
-    """Of the working tree, or "unknown" where it is no clone."""
+def commit(given: str | None = None) -> str:
+    """Of the working tree; where it is no clone, ``given``, or "unknown"."""
     try:
         command = ["git", "rev-parse", "HEAD"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return given or "unknown"
 
 
 def machine() -> dict[str, str]:
-    """The GPU, if any, and torch's version."""
+    """The GPU, if any, and the versions that matter for speed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"gpu": gpu, "torch": torch.__version__}
+    about = {"gpu": gpu, "torch": torch.__version__, "python": platform.python_version()}
+    if torch.cuda.is_available():
+        about["cuda"] = str(torch.version.cuda)
+    try:
+        about["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        about["triton"] = "none"
+    return about

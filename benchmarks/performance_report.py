@@ -1,0 +1,204 @@
+"""Writes the tables and plots of docs/performance.md from the results that are there.
+
+    python benchmarks/performance_report.py
+
+Reads ``benchmarks/results``: ``h100-performance-*.json``, ``h100-attention.json``, ``h100-fast-paths.json``,
+``cpu-ratios.json`` and the two ``h100-stages-*.json`` of an earlier benchmark. What has no result yet says so.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md", ROOT / "docs" / "images"
+MISSING = "*Not measured yet.*"
+# The published code, unchanged, on an H100 with diffusers 0.42: frames, seconds of an injecting step, GiB.
+PUBLISHED = {
+    "AdaFlow, published": [(1000, 31.1, 26.2)],
+    "TokenFlow": [(96, 4.1, 28.5), (240, 12.9, 23.4), (480, 41.3, 62.4)],
+}
+TOKENFLOW_FAILS = 560
+INJECTING, PAST = "step injecting", "step past injection"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured edit: seconds of a step, GiB, minutes of the whole; None where that was not measured."""
+
+    file: str
+    kind: str
+    frames: int
+    keyframes: int
+    budget: int
+    injecting: float
+    past: float
+    peak: float
+    minutes: float | None
+
+
+def read(name: str) -> dict | None:
+    """A result by name, or None."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def cases() -> list[Case]:
+    """Of the earlier benchmark and of this one."""
+    found = []
+    for path in sorted(RESULTS.glob("h100-stages-*.json")):
+        old = json.loads(path.read_text())
+        peak = max(old[INJECTING]["peak GiB"], old[PAST]["peak GiB"])
+        seconds = old[INJECTING]["seconds"], old[PAST]["seconds"]
+        found.append(Case(path.name, "earlier", old["frames"], old["clips"], old["budget"], *seconds, peak, None))
+    for path in sorted(RESULTS.glob("h100-performance-*.json")):
+        result = json.loads(path.read_text())
+        options = result["options"]
+        for case in result["cases"]:
+            kind = "compiled" if case["compiled"] else "eager"
+            if options["memory"]:
+                kind += f", on {options['memory']:g} GiB"
+            seconds = case[INJECTING]["seconds"], case[PAST]["seconds"]
+            minutes = case.get("extrapolated, whole edit in minutes")
+            sizes = options["frames"], case["keyframes"], case["budget"]
+            found.append(Case(path.name, kind, *sizes, *seconds, case["peak GiB"], minutes))
+    return found
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def case_table(found: list[Case]) -> str:
+    """Every case in a row."""
+    rows = [
+        [
+            f"[{case.kind}](../benchmarks/results/{case.file})", case.frames, case.keyframes, case.budget,
+            f"{case.injecting:.1f}", f"{case.past:.1f}", f"{case.peak:.1f}",
+            "" if case.minutes is None else f"{case.minutes:.1f}",
+        ]
+        for case in sorted(found, key=lambda case: (case.frames, case.keyframes, case.budget, case.kind))
+    ]  # fmt: skip
+    head = ["", "frames", "keyframes", "budget", "step injecting, s", "past injection, s", "peak GiB", "whole, min"]
+    return table(head, rows)
+
+
+def attention_table() -> str:
+    """Both backends at every shape."""
+    result = read("h100-attention.json")
+    if result is None:
+        return MISSING
+    rows = [
+        [
+            row["tokens"], row["heads"], row["query frames"], row["budget"],
+            *(f"{row[name]['ms']:.3f} ({row[name]['TFLOP/s']:.0f})" for name in ("gather and SDPA", "kernel")),
+            f"{row['gather and SDPA']['ms'] / row['kernel']['ms']:.2f}",
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    head = ["tokens", "heads", "query frames", "budget", "gather and SDPA, ms (TFLOP/s)", "kernel, ms (TFLOP/s)",
+            "SDPA / kernel"]  # fmt: skip
+    tiles = f"Tiling: {result['tiles chosen']}.\n\n" if "tiles chosen" in result else ""
+    return f"{result['gpu']}, commit {result['commit'][:7]}. {tiles}" + "\n\n" + table(head, rows)
+
+
+def fast_path_table() -> str:
+    """How far fast paths are from plain ones."""
+    result = read("h100-fast-paths.json")
+    if result is None:
+        return MISSING
+    rows = [[r["path"], r["precision"], f"{r['relative difference']:.1e}", f"{r['limit']:.0e}"] for r in result["rows"]]
+    return table(["what", "precision", "relative difference", "limit"], rows)
+
+
+def ratio_table() -> str:
+    """The CPU's ratios."""
+    result = read("cpu-ratios.json")
+    if result is None:
+        return MISSING
+    rows = [[title, name, ratio] for title, part in result["ratios"].items() for name, ratio in part.items()]
+    return table(["", "", "ratio"], rows)
+
+
+def profile_table() -> str:
+    """Where a step's time goes, of every case that was profiled."""
+    parts = []
+    for path in sorted(RESULTS.glob("h100-performance-*.json")):
+        result = json.loads(path.read_text())
+        for case in result["cases"]:
+            families = case.get("a step past injection, profiled", {}).get("seconds by family")
+            if families:
+                kind = "compiled" if case["compiled"] else "eager"
+                title = f"{result['options']['frames']} frames, {case['keyframes']} keyframes, {kind}:"
+                parts.append(title + "\n\n" + table(["kernels", "seconds"], list(families.items())))
+    return "\n\n".join(parts) or MISSING
+
+
+def plot(found: list[Case], by: str, chosen, baselines: dict, path: Path) -> None:
+    """Seconds of an injecting step, and GiB, against frames or keyframes.
+
+    Args:
+        chosen: case -> whether it is drawn.
+        baselines: by name, (x, seconds, GiB) each.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name, points in baselines.items():
+        for axis, column in zip(axes, (1, 2), strict=True):
+            axis.plot([p[0] for p in points], [p[column] for p in points], "x--", label=name)
+    for kind in dict.fromkeys(case.kind for case in found):
+        points = sorted((getattr(c, by), c.injecting, c.peak) for c in found if c.kind == kind and chosen(c))
+        for axis, column in zip(axes, (1, 2), strict=True):
+            if points:
+                axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=f"this pack, {kind}")
+    axes[0].set(xlabel=by, ylabel="seconds of an injecting step", xscale="log", yscale="log")
+    axes[1].set(xlabel=by, ylabel="peak GPU memory, GiB", xscale="log", ylim=(0, None))
+    if by == "frames":
+        axes[1].axvline(TOKENFLOW_FAILS, linestyle=":", color="grey", label="TokenFlow out of 80 GiB")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    plt.rcParams["svg.hashsalt"] = path.name
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def write_section(page: str, name: str, content: str) -> str:
+    """``page`` with the text between the markers of section ``name`` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    replaced, count = re.subn(pattern, lambda _: f"{begin}\n{content}\n{end}", page, flags=re.S)
+    if count != 1:
+        raise ValueError(f"{PAGE.name} has {count} sections {name}")
+    return replaced
+
+
+def main() -> None:
+    found = cases()
+    per_1000 = {"AdaFlow, published": [(40, 31.1, 26.2)]}
+    plot(found, "frames", lambda c: c.budget == 20 and c.keyframes == round(c.frames / 25), PUBLISHED,
+         IMAGES / "performance-frames.svg")  # fmt: skip
+    plot(found, "keyframes", lambda c: c.frames == 1000 and c.budget == 20, per_1000,
+         IMAGES / "performance-keyframes.svg")  # fmt: skip
+    page = PAGE.read_text()
+    sections = {
+        "cases": case_table(found),
+        "profile": profile_table(),
+        "attention": attention_table(),
+        "fast paths": fast_path_table(),
+        "ratios": ratio_table(),
+    }
+    for name, content in sections.items():
+        page = write_section(page, name, content)
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
