@@ -16,7 +16,7 @@ from .evaluator import EditSettings
 from .fingerprint import fingerprint, model_fingerprint
 from .patch import check_edit, chunk_of_run, deterministic_samplers, patch_edit, refuse_stochastic
 from .preview import NodeText, sampling_callback
-from .resume import checkpoint_bytes, resumable
+from .resume import checkpoint_bytes, finished_latent, resumable
 from .windows import slice_conditioning, take
 
 FORMAT = "adaflow-edit-1"
@@ -98,6 +98,8 @@ class Edit:
         Returns:
             (frames, channels, height, width) as a LATENT holds it.
         """
+        if run.finished:  # nothing is needed for it but the disk
+            return self.model.model.process_latent_out(finished_latent(run))
         total, rows = self.trajectory.frames, list(frames)
         settings = replace(settings, chunk=settings.chunk or run.progress.get("chunk", 0))
         positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))

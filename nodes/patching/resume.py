@@ -59,10 +59,15 @@ def resumable(sampler_name: str, run: Run, chunk: Callable[[dict], int]) -> comf
         x = plain.sampler_function(
             model, x, sigmas[first:], extra_args=extra_args, callback=callback and shifted, disable=disable, **options
         )
-        _save(run, "latent", steps, x, run.names(), step=steps)
+        _save(run, "latent", steps, x, run.names(), step=steps, finished=True)
         return x
 
     return comfy.samplers.KSAMPLER(function, plain.extra_options, plain.inpaint_options)
+
+
+def finished_latent(run: Run) -> Tensor:
+    """What the sampler gave in a run that is finished, as the model has it."""
+    return _load(run, "latent")
 
 
 def _save(run: Run, kind: str, number: int, values: Tensor, dropped: list[str], **progress) -> None:

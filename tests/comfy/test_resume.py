@@ -2,10 +2,13 @@
 
 import gc
 import logging
+import shutil
+from types import SimpleNamespace
 
 import comfy.model_management
 import pytest
 import torch
+from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.adaflow.runs import remove_old_runs
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.patching.fingerprint import model_fingerprint
@@ -197,3 +200,15 @@ def test_the_preview_of_the_keyframes_goes_on(graph):
     with forwards(graph.model) as calls:
         assert torch.equal(graph.joint(resume="resume")[0], whole)
     assert len(calls) < 2 * STEPS
+
+
+def test_a_finished_edit_is_read_though_nothing_is_free(graph, monkeypatch):
+    _, edit = graph.joint()
+    whole = propagate(edit, AFRESH)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with forwards(graph.model) as calls:
+        assert torch.equal(propagate(edit), whole)
+    assert not calls
+    with pytest.raises(InputError, match="free"):
+        propagate(edit, AFRESH)
