@@ -31,6 +31,7 @@ def start_comfyui(folder: Path) -> None:
     args.cpu = not torch.cuda.is_available()
     import folder_paths
 
+    folder = folder.resolve()  # ComfyUI compares it with absolute paths
     for kind in ("input", "output", "temp"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         getattr(folder_paths, f"set_{kind}_directory")(str(folder / kind))

@@ -180,6 +180,17 @@ def write_section(page: str, name: str, content: str) -> str:
     return replaced
 
 
+def sections() -> dict[str, str]:
+    """The page's parts, by the name in their markers."""
+    return {
+        "cases": case_table(cases()),
+        "profile": profile_table(),
+        "attention": attention_table(),
+        "fast paths": fast_path_table(),
+        "ratios": ratio_table(),
+    }
+
+
 def main() -> None:
     found = cases()
     per_1000 = {"AdaFlow, published": [(40, 31.1, 26.2)]}
@@ -188,14 +199,7 @@ def main() -> None:
     plot(found, "keyframes", lambda c: c.frames == 1000 and c.budget == 20, per_1000,
          IMAGES / "performance-keyframes.svg")  # fmt: skip
     page = PAGE.read_text()
-    sections = {
-        "cases": case_table(found),
-        "profile": profile_table(),
-        "attention": attention_table(),
-        "fast paths": fast_path_table(),
-        "ratios": ratio_table(),
-    }
-    for name, content in sections.items():
+    for name, content in sections().items():
         page = write_section(page, name, content)
     PAGE.write_text(page)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from adaflow_pack.nodes.patching import compiled
 from graph import Graph, plain_euler, select
+from models import SD2_FULL, clip_latent, random_model
 from test_clean_up import Boom, cancel, failing, failing_attention, leftovers
 from test_conditioning import hints, out_of_memory_above, random_controlnet, with_control
 from torch._dynamo.utils import counters
@@ -210,3 +211,35 @@ def test_an_edit_begun_plain_goes_on_compiled(graph):
     _, edit = graph.joint(plan(graph))
     identities = [edit.identity(replace(edit.settings, compile=on), (0, 1)) for on in (False, True)]
     assert identities[0] == identities[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_generated_code_equals_plain_on_a_gpu_at_full_size(blocks, monkeypatch):
+    """SD 2.1's size in half precision, every block, and no memory of the GPU kept."""
+    monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    source = [[torch.randn(1, 77, 1024), {}]]
+    graph = Graph("sd2", latent=clip_latent(40, (48, 84)), steps=1, model=full_size_model(), source=source)
+    clips = select(graph.descriptors, -1.0, -1.0, max_clip=8, mode="fixed")
+
+    def step(**changes):
+        model = graph.patch(clips, graph.slim(3), (1.0, 1.0), chunk=16, **changes)
+        sigmas = [graph.trajectory.sigmas[-1], 0.0]
+        return plain_euler(model, graph.latent, sigmas, source, [[source[0][0].flip(1), {}]], 7.5)
+
+    plain = step()
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    found = oracles.relative_error(step(compile=True), plain)
+    print(f"compiled against plain, float16: {found:.1e}")
+    assert kinds(blocks) == {"ResBlock", "SpatialTransformer"}
+    assert found < 1e-2
+    blocks.clear()
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= held + 2**20
+
+
+def full_size_model():
+    model = random_model(SD2_FULL, "eps", 0, torch.float16)
+    model.model.diffusion_model.out[-1].weight.mul_(0.5)
+    return model
