@@ -153,7 +153,8 @@ class Bench:
         clock, ballast = StepClock(profile_step=steps - 1 if options.profile else None), None
         if options.memory:
             ballast, clock.ballast = self.ballast()
-        sigmas = torch.tensor([*reversed(self.trajectory.sigmas[1:]), 0.0])
+        levels = list(reversed(self.trajectory.sigmas))[:steps]
+        sigmas = torch.tensor([*levels, 0.0])
         comfy.sample.sample_custom(
             model, torch.zeros_like(self.latent), 7.5, comfy.samplers.KSAMPLER(clock), sigmas,
             self.prompts[1], self.prompts[2], self.latent, disable_pbar=True, seed=0,

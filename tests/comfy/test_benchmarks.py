@@ -18,11 +18,11 @@ def run(root, tmp_path, script: str, *arguments: str) -> dict:
 
 
 def test_performance(root, tmp_path):
-    arguments = ["--small", "--frames", "8", "--keyframes", "2", "4", "--budgets", "2", "--steps", "1", "--profile"]
+    arguments = ["--small", "--frames", "8", "--keyframes", "2", "4", "--budgets", "2", "--steps", "1"]
     result = run(root, tmp_path, "performance.py", *arguments)
     assert [case["keyframes"] for case in result["cases"]] == [2, 4]
     for case in result["cases"]:
-        assert len(case["seconds of each step"]) == 4  # one that does not count, one of each kind, one profiled
+        assert len(case["seconds of each step"]) == 3  # one that does not count, one of each kind
         assert case["step injecting"]["seconds"] == case["seconds of each step"][1]
         assert case["step past injection"]["seconds"] == case["seconds of each step"][2]
         whole = sum(case["extrapolated, seconds"].values()) / 60
