@@ -114,7 +114,13 @@ def inversion_needs(unet: UNetSizes, shape: tuple[int, int, int, int], chunk: in
 
 
 def edit_needs(
-    unet: UNetSizes, shape: tuple[int, int, int, int], keyframes: int, branches: int, chunk: int, injecting: bool
+    unet: UNetSizes,
+    shape: tuple[int, int, int, int],
+    keyframes: int,
+    branches: int,
+    chunk: int,
+    injecting: bool,
+    on_host: bool = False,
 ) -> Needs:
     """Memory of an edit.
 
@@ -124,13 +130,16 @@ def edit_needs(
         branches: prompts that are evaluated: 1, or 2 with guidance.
         chunk: frames in one forward.
         injecting: whether any step injects features of the source.
+        on_host: whether what the keyframes leave for the rest of a step waits in host memory.
     """
     size = shape[2:]
     keyframe = unet.keyframe_bytes(size, branches, injecting)
     forward = Amount(0, unet.weight_bytes + min(chunk, shape[0]) * branches * unet.frame_bytes(size))
-    kept = Amount(keyframes * keyframe.least, keyframes * keyframe.about)
+    waiting = keyframes * keyframe.least
+    kept = Amount(0 if on_host else waiting, keyframes * keyframe.about - (waiting if on_host else 0))
     cached = Amount(0, min(CACHE_BYTES, shape[0] * 4 * size[0] * size[1]))
-    return Needs(_latents(shape, 3 + branches, EDIT_LATENTS) + kept + forward, _latents(shape, 2, RAM_LATENTS) + cached)
+    ram = _latents(shape, 2, RAM_LATENTS) + cached + (Amount(waiting, waiting) if on_host else Amount(0, 0))
+    return Needs(_latents(shape, 3 + branches, EDIT_LATENTS) + kept + forward, ram)
 
 
 def describe(needs: Needs, free: dict[str, int]) -> str:

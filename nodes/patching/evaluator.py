@@ -20,7 +20,7 @@ from ...adaflow.trajectory import Trajectory
 from . import lockstep
 from .compiled import BlockCompiler
 from .families import UNetFamily
-from .memory import halved
+from .memory import halved, has_host, is_out_of_memory
 from .passes import (
     EditJointPass,
     EditPropagationPass,
@@ -30,6 +30,7 @@ from .passes import (
     SourcePropagationPass,
     StepState,
 )
+from .shelf import Shelf
 from .taps import tapped, with_pass
 from .windows import slice_conds
 
@@ -96,6 +97,7 @@ class EditEvaluator:
         source_cond: processed conditioning of the source prompt.
         sample_sigmas: descending, of the sampler.
         pace: told how long things take.
+        on_host: whether the keyframes' activations wait in host memory from the start.
         compiler: for propagation; None: none.
     """
 
@@ -110,12 +112,13 @@ class EditEvaluator:
         source_cond: dict,
         sample_sigmas: Tensor,
         pace: Pace,
+        on_host: bool = False,
         compiler: BlockCompiler | None = None,
     ):
         self.unet, self.family, self.plan, self.trajectory, self.settings = unet, family, plan, trajectory, settings
         self.frames, self.source_cond, self.sample_sigmas = frames, source_cond, sample_sigmas
         self._rows = {frame: row for row, frame in enumerate(frames)}
-        self.pace, self.compiler = pace, compiler
+        self.pace, self.on_host, self.compiler = pace, on_host, compiler
         self._chunk = settings.chunk
 
     @property
@@ -146,8 +149,17 @@ class EditEvaluator:
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
-    def halve_chunk(self, error: Exception, tried: int, x: Tensor, divisible: bool = True) -> None:
-        """Go on with half of the ``tried`` frames after an out-of-memory error, or give up; see :func:`halved`."""
+    def make_room(self, error: Exception, tried: int, x: Tensor, shelf: Shelf, divisible: bool = True) -> None:
+        """Go on after an out-of-memory error, or give up.
+
+        First what waits moves to host memory, then the chunk is half of the ``tried`` frames; see :func:`halved`.
+        """
+        if is_out_of_memory(error) and has_host(x.device) and not self.on_host:
+            logger.warning("AdaFlow: out of memory; the keyframes' activations wait in host memory from now on")
+            self.on_host = True
+            shelf.move_to_host()
+            comfy.model_management.soft_empty_cache()
+            return
         doing = f"beside {len(self.plan.clips)} keyframes of {8 * x.shape[3]}x{8 * x.shape[2]} pixels"
         change = (
             "use a smaller size, or fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select)"
@@ -188,7 +200,13 @@ class _Evaluation:
         ]
         source_areas = {branch[0]["uuid"]: branch[0].get("area") for branch in self.sources}
         self.state = StepState(
-            edit.plan, settings.budget, edit.family, keyframes, self.injection, {**areas, **source_areas}
+            edit.plan,
+            settings.budget,
+            edit.family,
+            keyframes,
+            self.injection,
+            {**areas, **source_areas},
+            Shelf(x.device, edit.on_host),
         )
 
     def run(self) -> list[Tensor]:
@@ -201,9 +219,9 @@ class _Evaluation:
                 self._joint(out, chunks)
                 break
             except RuntimeError as error:
-                self.state.forget()
-                edit.halve_chunk(error, len(chunks[0]), self.x, divisible=self._may_split())
-        self.state.sources.clear()
+                self.state.shelf.clear()
+                edit.make_room(error, len(chunks[0]), self.x, self.state.shelf, divisible=self._may_split())
+        self.state.shelf.drop(unless="output")
         left = [frame for frame in edit.frames if frame not in set(keyframes)]
         total = len(left)
         while left:
@@ -213,7 +231,7 @@ class _Evaluation:
             try:
                 predictions = self._propagate(frames + frames[-1:] * (size - len(frames)))
             except RuntimeError as error:
-                edit.halve_chunk(error, size, self.x)
+                edit.make_room(error, size, self.x, self.state.shelf)
                 continue
             predictions = [prediction[: len(frames)] for prediction in predictions]
             self._store(out, frames, predictions)

@@ -12,6 +12,7 @@ from .preview import NodeText
 from .taps import self_attentions
 
 logger = logging.getLogger(__name__)
+HOST_SHARE = 0.25  # of the free memory
 
 
 def unet_sizes(model, family: UNetFamily) -> UNetSizes:
@@ -63,6 +64,16 @@ def announce(needs: Needs, device: torch.device, where: str, what: str, got: str
     free = free_memory(device)
     text.put("needs", f"{got}: {describe(needs, free)}")
     refuse_too_large(needs, free, where, what, got, change)
+
+
+def has_host(device: torch.device) -> bool:
+    """Whether there is memory beside the device's own to put things in."""
+    return device.type != "cpu"
+
+
+def better_on_host(waiting: int, device: torch.device) -> bool:
+    """Whether ``waiting`` bytes take so much of the device that they should wait in host memory."""
+    return has_host(device) and waiting > HOST_SHARE * free_memory(device)["GPU memory"]
 
 
 def is_out_of_memory(error: Exception) -> bool:

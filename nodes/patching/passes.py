@@ -16,6 +16,7 @@ from ...adaflow.propagation import gather_outputs
 from .compiled import BlockCompiler
 from .families import UNetFamily
 from .lockstep import Exchange
+from .shelf import Shelf
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
 
 # (keyframes, size, area) -> slot of each frame's keyframe and matches of its tokens, on the model's device
@@ -31,21 +32,6 @@ class Injection:
 
 
 @dataclass
-class SourceFeatures:
-    """Activations of the source branch that are injected.
-
-    Attributes:
-        queries, keys: by layer, of the keyframes, chunk after chunk, (frames, tokens, channels).
-        conv: branch-internal feature of the injected ResBlock: of the keyframes, chunk after chunk, in the joint pass;
-            of the frames of the current chunk in propagation.
-    """
-
-    queries: dict[Layer, list[Tensor]] = field(default_factory=dict)
-    keys: dict[Layer, list[Tensor]] = field(default_factory=dict)
-    conv: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
 class StepState:
     """What one step knows.
 
@@ -54,8 +40,9 @@ class StepState:
         keyframes: ascending, of this step.
         injection: what is injected in this step.
         areas: part of the latent that each conditioning (by uuid) is evaluated on; None is all of it.
-        sources: features of the source branch by area.
-        outputs: the keyframes' attention outputs, after the output projection, by (uuid, layer), chunk after chunk.
+        shelf: activations of the keyframes: ("output", uuid, layer), attention outputs after the output projection;
+            ("query", area, layer), ("key", area, layer) and ("conv", area), the source branch's that are injected.
+        conv: the source branch's feature of the injected ResBlock, of the frames that are propagated, by area.
     """
 
     plan: EditPlan
@@ -64,37 +51,11 @@ class StepState:
     keyframes: tuple[int, ...]
     injection: Injection
     areas: dict[object, Area | None]
-    sources: dict[Area | None, SourceFeatures] = field(default_factory=dict)
-    outputs: dict[tuple[object, Layer], list[Tensor]] = field(default_factory=dict)
-
-    def source(self, branch) -> SourceFeatures:
-        """Source features of the area that conditioning ``branch`` is evaluated on."""
-        return self.sources.setdefault(self.areas[branch], SourceFeatures())
+    shelf: Shelf
+    conv: dict[Area | None, Tensor] = field(default_factory=dict)
 
     def injects_attention(self, layer: Layer) -> bool:
         return self.injection.attention and layer.section == "output" and layer.block in self.family.attention_blocks
-
-    def keyframe_outputs(self, branch, layer: Layer) -> Tensor:
-        """Attention outputs of all keyframes, (keyframes, tokens, channels)."""
-        return _joined(self.outputs[branch, layer])
-
-    def forget(self) -> None:
-        """Drop what the joint passes stored, to run them again or to free the source's part of it."""
-        self.sources.clear()
-        self.outputs.clear()
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The chunks of ``parts`` as one tensor, which replaces them."""
-    if len(parts) > 1:
-        parts[:] = [torch.cat(parts)]
-    return parts[0]
-
-
-def _inject_conv(state: StepState, call: UNetCall, feature: Tensor, chunk: int = 0) -> Tensor | None:
-    if not state.injection.conv:
-        return None
-    return torch.cat([state.source(branch).conv[chunk].to(feature.dtype) for branch in call.branches])
 
 
 class SourceJointPass(UNetPass):
@@ -105,7 +66,7 @@ class SourceJointPass(UNetPass):
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
         for branch, part in split_branches(call, feature):
-            self.state.source(branch).conv.append(part)
+            self.state.shelf.put(("conv", self.state.areas[branch]), part)
         if not self.state.injection.attention:
             raise StopForward
 
@@ -113,14 +74,14 @@ class SourceJointPass(UNetPass):
         call.layer_size(x.shape[1])  # raises where another patch changed the tokens
         q, k = attn.to_q(x), attn.to_k(x if context is None else context)
         if self.state.injects_attention(layer):
-            for (branch, queries), (_, keys) in zip(split_branches(call, q), split_branches(call, k), strict=True):
-                self.state.source(branch).queries.setdefault(layer, []).append(queries)
-                self.state.source(branch).keys.setdefault(layer, []).append(keys)
+            for kind, tensor in (("query", q), ("key", k)):
+                for branch, part in split_branches(call, tensor):
+                    self.state.shelf.put((kind, self.state.areas[branch], layer), part)
         v = attn.to_v(_first(value, context, x))
         out = attn.to_out(frame_attention(q, k, v, attn.heads))
         if layer.section != "output" or layer.block < self.state.family.conv_block:  # all that propagation reads
             for branch, part in split_branches(call, out):
-                self.state.outputs.setdefault((branch, layer), []).append(part)
+                self.state.shelf.put(("output", branch, layer), part)
         return out
 
 
@@ -137,7 +98,10 @@ class EditJointPass(UNetPass):
         self.state, self.exchange, self.chunk, self.rows = state, exchange, chunk, rows
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
-        return _inject_conv(self.state, call, feature, self.chunk)
+        if not self.state.injection.conv:
+            return None
+        areas = [self.state.areas[branch] for branch in call.branches]
+        return torch.cat([self.state.shelf.chunk(("conv", area), self.chunk).to(feature.dtype) for area in areas])
 
     def self_attention(self, call, layer, attn, x, context, value):
         state, size = self.state, call.layer_size(x.shape[1])
@@ -147,16 +111,17 @@ class EditJointPass(UNetPass):
             k = attn.to_k(x if context is None else context).chunk(len(call.branches))
         outs = []
         for row, branch in enumerate(call.branches):
+            area = state.areas[branch]
             if state.injects_attention(layer):
-                source = state.source(branch)
-                queries, keys = source.queries[layer][self.chunk], _joined(source.keys[layer])
+                queries, keys = (state.shelf.chunk((kind, area, layer), self.chunk) for kind in ("query", "key"))
             else:
-                queries, keys = q[row], self.exchange.swap((branch, layer, "k"), self.chunk, k[row])
+                queries, keys = q[row], k[row]
+            keys = self.exchange.swap((branch, layer, "k"), self.chunk, keys)
             values = self.exchange.swap((branch, layer, "v"), self.chunk, v[row])
-            kept = state.plan.kept(state.keyframes, state.budget, size, state.areas[branch])
+            kept = state.plan.kept(state.keyframes, state.budget, size, area)
             kept = None if kept is None else kept[self.rows].to(x.device)
             out = attn.to_out(extended_attention(queries, keys, values, attn.heads, kept))
-            state.outputs.setdefault((branch, layer), []).append(out)
+            state.shelf.put(("output", branch, layer), out)
             outs.append(out)
         return torch.cat(outs)
 
@@ -174,6 +139,8 @@ class PropagationPass(UNetPass):
     ):
         self.state, self.where, self._tables, self._compiler = state, where, tables, compiler
         self._slots = {frame: slot for slot, frame in enumerate(state.keyframes)}
+        used = [self._slots[keyframe] for keyframe in (*where.keyframes, *where.neighbours)]
+        self._first, self._stop = min(used), max(used) + 1
 
     @property
     def channels_last(self) -> bool:
@@ -193,7 +160,8 @@ class PropagationPass(UNetPass):
         """Of one self-attention, (branches * frames, tokens, channels)."""
         parts = []
         for branch in call.branches:
-            outputs, area = self.state.keyframe_outputs(branch, layer), self.state.areas[branch]
+            area = self.state.areas[branch]
+            outputs = self.state.shelf.rows(("output", branch, layer), self._first, self._stop)
             out = self._gather(outputs, self.where.keyframes, size, area)
             if self.where.neighbours != self.where.keyframes:
                 other = self._gather(outputs, self.where.neighbours, size, area)
@@ -206,7 +174,7 @@ class PropagationPass(UNetPass):
         key = (keyframes, size, area)
         if key not in self._tables:
             matches = self.state.plan.matches(list(self.where.frames), keyframes, size, area)
-            slots = torch.tensor([self._slots[keyframe] for keyframe in keyframes])
+            slots = torch.tensor([self._slots[keyframe] - self._first for keyframe in keyframes])
             self._tables[key] = (slots.to(outputs.device), matches.to(outputs.device))
         return gather_outputs(outputs, *self._tables[key])
 
@@ -216,7 +184,7 @@ class SourcePropagationPass(PropagationPass):
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
         for branch, part in split_branches(call, feature):
-            self.state.source(branch).conv = [part]
+            self.state.conv[self.state.areas[branch]] = part
         raise StopForward
 
 
@@ -224,7 +192,9 @@ class EditPropagationPass(PropagationPass):
     """The edit branches of a chunk, with the feature that :class:`SourcePropagationPass` took."""
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
-        return _inject_conv(self.state, call, feature)
+        if not self.state.injection.conv:
+            return None
+        return torch.cat([self.state.conv[self.state.areas[branch]].to(feature.dtype) for branch in call.branches])
 
 
 def _first(*tensors: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from ...adaflow.trajectory import Trajectory
 from .compiled import BlockCompiler
 from .evaluator import EditEvaluator, EditSettings, auto_chunk
 from .families import UNetFamily, model_signature, unet_family
-from .memory import announce, unet_sizes
+from .memory import announce, better_on_host, unet_sizes
 from .preview import NodeText
 from .slim import SLIM_KEY, SlimSettings
 from .taps import run_unet
@@ -92,7 +92,7 @@ class EditPatch:
         """Start the run: check what is sampled, process the source prompt, set the start, and hold the evaluator."""
         model, text = guider.inner_model, self.text or NodeText(self.where)
         self._check(sigmas, noise, executor.class_obj)
-        self._announce(guider, sigmas, noise, text)
+        on_host = self._announce(guider, sigmas, noise, text)
         if self.settings.start_from_trajectory:
             noise, latent_image = self._start(model, executor.class_obj, guider, sigmas, noise)
         source = self._source_cond(model, noise, latent_image, extra_args)
@@ -108,6 +108,7 @@ class EditPatch:
             source,
             sigmas,
             Pace(len(sigmas) - 1, lambda line: text.put("time", line)),
+            on_host,
             compiler,
         )
         options = extra_args["model_options"]
@@ -153,13 +154,20 @@ class EditPatch:
                 name,
             )
 
-    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText) -> None:
-        """Show what will be sampled and what that takes; refuse what surely does not fit."""
+    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText) -> bool:
+        """Show what will be sampled and what that takes; refuse what surely does not fit.
+
+        Returns:
+            Whether activations of the keyframes are to wait in host memory.
+        """
         model, settings, keyframes = guider.inner_model, self.settings, len(self.plan.clips)
         branches = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
         chunk = settings.chunk or auto_chunk(model, noise.shape, branches, noise.device)
         injecting = max(settings.feature_share, settings.attention_share) > 0
-        needs = edit_needs(unet_sizes(model, self.family), noise.shape, keyframes, branches, chunk, injecting)
+        unet = unet_sizes(model, self.family)
+        waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least
+        on_host = better_on_host(waiting, noise.device)
+        needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host)
         pixels = f"{8 * noise.shape[3]}x{8 * noise.shape[2]} pixels"
         got = f"{len(self.frames)} frames, {keyframes} keyframes, {len(sigmas) - 1} steps, {pixels}"
         change = (
@@ -167,6 +175,7 @@ class EditPatch:
             "fewer frames"
         )
         announce(needs, noise.device, self.where, "plan", got, change, text)
+        return on_host
 
     def _start(self, model, sampler, guider, sigmas: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and clean latent that make the sampler start at the trajectory's latent of its first sigma.

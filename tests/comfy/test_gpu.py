@@ -16,6 +16,7 @@ import torch
 from adaflow_pack.adaflow import attention, matching
 from adaflow_pack.adaflow import plan as plan_module
 from adaflow_pack.adaflow.correspondence import matching_dtype, nearest_indices
+from adaflow_pack.nodes.patching import patch
 from comfy.patcher_extension import WrappersMP
 from graph import Graph, plain_euler, select
 from models import SD2_FULL, SHAPES, clip_latent, random_model, small_model
@@ -121,6 +122,25 @@ def test_a_step_with_the_attention_kernel(full_size, monkeypatch):
     found = oracles.relative_error(steps[1], steps[0])
     RESULTS["one step at full size, float16, attention kernel against PyTorch's"] = found
     assert found < 1e-2
+
+
+def test_activations_that_wait_in_host_memory(full_size, monkeypatch):
+    """The same bits, less memory on the device; the seconds are recorded."""
+    plan, found = select(full_size.descriptors, -1.0, -1.0, max_clip=6, mode="fixed"), {}
+    for on_host in (False, True, False, True):  # the first two warm up
+        monkeypatch.setattr(patch, "better_on_host", lambda *_, answer=on_host: answer)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        out = one_step(full_size, plan, (1.0, 1.0), chunk=8)
+        torch.cuda.synchronize()
+        found[on_host] = out, time.perf_counter() - started, torch.cuda.max_memory_allocated()
+    assert torch.equal(found[True][0], found[False][0])
+    assert found[True][2] < found[False][2]
+    RESULTS["step of 240 frames, 40 keyframes, budget 8, by where activations wait"] = {
+        "on the device" if not on_host else "in host memory": {"seconds": seconds, "peak GiB": peak / 2**30}
+        for on_host, (_, seconds, peak) in found.items()
+    }
 
 
 @pytest.mark.parametrize("injecting", [True, False])

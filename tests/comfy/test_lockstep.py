@@ -3,10 +3,11 @@
 import oracles
 import pytest
 import torch
-from adaflow_pack.nodes.patching import lockstep
+from adaflow_pack.nodes.patching import evaluator, lockstep, patch
 from adaflow_pack.nodes.patching.lockstep import Exchange, run_in_lockstep
+from adaflow_pack.nodes.patching.shelf import Shelf
 from comfy.patcher_extension import WrappersMP
-from graph import Graph, each_frame, plain_euler
+from graph import Graph, each_frame, plain_euler, select
 from models import SHAPES
 
 
@@ -20,6 +21,42 @@ def test_uneven_chunks_equal_one_batch(shape, shares):
     for chunk in (1, 3, 4):
         parts = graph.edit(plan, model=model, shares=shares, chunk=chunk)
         assert oracles.relative_error(parts, whole) < 1e-5, chunk
+
+
+@pytest.mark.parametrize("interpolation", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_waiting_in_host_memory_changes_no_bit(shape, interpolation, monkeypatch):
+    graph = Graph(shape, frames=7, steps=3)
+    plan, moved, original, edits = select(graph.descriptors, -1.0, -1.0, max_clip=2), [], Shelf._on_host, {}
+    monkeypatch.setattr(Shelf, "_on_host", lambda shelf, part: moved.append(part.shape) or original(shelf, part))
+    for on_host in (False, True):
+        monkeypatch.setattr(patch, "better_on_host", lambda *_, answer=on_host: answer)
+        for chunk in (7, 2):
+            edits[on_host, chunk] = graph.edit(plan, interpolation, model=graph.slim(2), chunk=chunk)
+        assert bool(moved) == on_host
+    assert all(torch.equal(edits[True, chunk], edits[False, chunk]) for chunk in (7, 2))
+
+
+@pytest.mark.parametrize("failing", ["joint", "propagation"])
+def test_out_of_memory_moves_what_waits_to_host_memory_before_the_chunk_is_halved(failing, monkeypatch, caplog):
+    """As on a GPU, which a CPU stands for here."""
+    graph = Graph("sd1", frames=6, steps=2)
+    plan = select(graph.descriptors, -1.0, -1.0, max_clip=2, mode="fixed")
+    whole, rows, failed = graph.edit(plan, chunk=6, cfg=1.0), [], []
+    monkeypatch.setattr(evaluator, "has_host", lambda device: True)
+
+    def wrapper(executor, x, *args, **kwargs):
+        step_pass = args[4].get("adaflow")
+        rows.append(x.shape[0])
+        if ("Propagation" in type(step_pass).__name__) == (failing == "propagation") and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("injected")
+        return executor(x, *args, **kwargs)
+
+    model = graph.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    assert torch.equal(graph.edit(plan, model=model, chunk=6, cfg=1.0), whole)
+    assert failed and "wait in host memory" in caplog.text and "going on with" not in caplog.text
 
 
 def test_a_forward_never_holds_more_than_a_chunk():

@@ -43,6 +43,13 @@ def test_an_edit_takes_what_was_measured_on_an_h100(root, file, chunk, injecting
     assert 0.65 * peak <= device.about <= 1.35 * peak
 
 
+def test_what_waits_in_host_memory_moves_from_the_device_to_ram():
+    here, there = (edit_needs(sd21(), (1000, 4, 48, 84), 400, 2, 8, True, on_host) for on_host in (False, True))
+    waiting = 400 * sd21().keyframe_bytes((48, 84), 2, True).least
+    assert here.device.least - there.device.least == here.device.about - there.device.about == waiting
+    assert there.ram.least - here.ram.least == there.ram.about - here.ram.about == waiting
+
+
 @pytest.mark.parametrize("file", ["h100-stages-1000.json", "h100-stages-250-125.json"])
 def test_an_inversion_takes_what_was_measured_on_an_h100(root, file):
     measured = json.loads((root / "benchmarks" / "results" / file).read_text())
