@@ -18,9 +18,9 @@ CONFIG = {
 }
 
 
-def small_vae(seed: int = 0) -> comfy.sd.VAE:
-    """A ``comfy.sd.VAE`` in float32 whose output varies with its input."""
-    params = {"ddconfig": CONFIG, "embed_dim": 4}
+def small_vae(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> comfy.sd.VAE:
+    """A ``comfy.sd.VAE`` whose output varies with its input; ``changes`` are to its configuration."""
+    params = {"ddconfig": {**CONFIG, **changes}, "embed_dim": 4}
     model = AutoencoderKL(**params)
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -29,4 +29,4 @@ def small_vae(seed: int = 0) -> comfy.sd.VAE:
             state[name] = torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5
         else:
             state[name] = torch.ones_like(value) if name.endswith("weight") else torch.zeros_like(value)
-    return comfy.sd.VAE(sd=state, config={"params": params}, dtype=torch.float32)
+    return comfy.sd.VAE(sd=state, config={"params": params}, dtype=dtype)
