@@ -27,7 +27,7 @@ def test_every_case_stands_in_the_table(benchmarks, tmp_path, monkeypatch):
     table = report.case_table(report.cases())
     assert "eager, on 6 GiB" in table and "compiled, on 6 GiB" in table
     assert "| 1000 | 40 | 20 | 6.0 | 4.0 | 5.5 | 7.2 |" in table
-    assert report.attention_table() == report.fast_path_table() == report.profile_table() == report.MISSING
+    assert report.attention_table() == report.ratio_table() == report.profile_table() == report.MISSING
 
 
 def test_a_section_is_replaced_and_a_missing_one_noticed(benchmarks):
