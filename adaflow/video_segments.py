@@ -106,8 +106,6 @@ class SegmentedWriter:
 
     def _join(self) -> None:
         """Put all segments into the file."""
-        files = [self._run.checked(self._file(number)) for number in range(len(self._lengths))]
-        first = files[0] if files else None
-        with VideoWriter(self._path, copied=first, mark=self._run.key, **self._around, **self._encoding) as whole:
-            for file in files:
-                whole.copy(file)
+        with VideoWriter(self._path, mark=self._run.key, **self._around, **self._encoding) as whole:
+            for number in range(len(self._lengths)):
+                whole.copy(self._run.checked(self._file(number)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
 from .errors import InputError, require
@@ -28,6 +29,7 @@ class Codec:
     Attributes:
         worst_crf: None where quality is not adjustable.
         smallest: width and height, pixels.
+        unpacked: the filter that makes of packets in the file what the encoder gave.
     """
 
     encoder: str
@@ -37,6 +39,7 @@ class Codec:
     worst_crf: int | None = None
     options: dict = field(default_factory=dict)
     smallest: tuple[int, int] = (1, 1)
+    unpacked: str = ""
 
     def pixel_formats(self) -> list[str]:
         """Those that the encoder takes, its own first."""
@@ -45,12 +48,23 @@ class Codec:
 
 
 CODECS = {
-    "h264": Codec("libx264", "mp4", "mp4", "yuv420p", 51),
-    "h265": Codec("libx265", "mp4", "mp4", "yuv420p", 51, {"x265-params": "log-level=error"}, (64, 32)),
+    "h264": Codec("libx264", "mp4", "mp4", "yuv420p", 51, unpacked="h264_mp4toannexb"),
+    "h265": Codec(
+        "libx265", "mp4", "mp4", "yuv420p", 51, {"x265-params": "log-level=error:info=0"}, (64, 32), "hevc_mp4toannexb"
+    ),
     "vp9": Codec("libvpx-vp9", "webm", "webm", "yuv420p", 63, {"row-mt": "1", "cpu-used": "3"}),
     "prores": Codec("prores_ks", "mov", "mov", "yuv422p10le"),
     "ffv1": Codec("ffv1", "matroska", "mkv", "bgr0"),
 }
+
+
+def _filtered(packets, name: str, stream):
+    """Packets of a stream after one of FFmpeg's bitstream filters."""
+    bitstream = BitStreamFilterContext(name, stream)
+    for packet in packets:
+        for changed in bitstream.filter(packet):
+            changed.time_base = stream.time_base
+            yield changed
 
 
 def exact_rate(fps: Fraction | float) -> Fraction:
@@ -77,7 +91,6 @@ class VideoWriter:
         audio_source: a file whose sound is carried over.
         audio_range: ``(start, duration)`` of that sound in seconds; the video's own duration ends it too.
         metadata: text to text, or to anything JSON can hold.
-        copied: a file of the same settings, if frames are to come by :meth:`copy` alone from it and others like it.
         mark: part of the temporary name, so that one left over by a crash is overwritten; None makes one up.
         where: the node named in errors.
 
@@ -100,7 +113,6 @@ class VideoWriter:
         audio_source: str | Path | None = None,
         audio_range: tuple[float, float] | None = None,
         metadata: dict | None = None,
-        copied: Path | None = None,
         mark: str | None = None,
         where: str = "VideoWriter",
     ):
@@ -120,13 +132,13 @@ class VideoWriter:
         expected = f"one of {', '.join(known)} for {codec}"
         require(self._format in known, where, "pixel_format", repr(pixel_format), expected)
         self._levels = np.iinfo(np.uint16 if "10" in self._format else np.uint8)
-        self._in_order, self._encodes = in_order or times is not None, copied is None
+        self._in_order = in_order or times is not None
         self._reformatter = VideoReformatter()
         self._output = VideoOutput(
             self.path,
             self._codec.muxer,
             self.fps,
-            lambda container: self._add_stream(container, quality, copied),
+            lambda container: self._add_stream(container, quality),
             times,
             audio_source,
             audio_range,
@@ -136,12 +148,7 @@ class VideoWriter:
         )
         self._stream = self._output.stream
 
-    def _add_stream(self, container, quality: int, copied: Path | None):
-        if copied is not None and self._codec.muxer == "mp4":  # where the header tells how packets are packed
-            with open_video(copied, self.where) as (_, template):
-                stream = container.add_stream_from_template(template)
-                stream.codec_context.codec_tag = template.codec_context.codec_tag
-            return stream
+    def _add_stream(self, container, quality: int):
         options = dict(self._codec.options)
         if self._codec.worst_crf is not None:
             options["crf"] = str(quality)
@@ -187,7 +194,10 @@ class VideoWriter:
     def copy(self, path: Path) -> None:
         """Take over the frames of a file that a writer of the same settings made, without encoding them again."""
         with open_video(path, self.where) as (container, stream):
-            self._output.mux((packet for packet in container.demux(stream) if packet.size), self.frames_written)
+            packets = (packet for packet in container.demux(stream) if packet.size)
+            if self._codec.unpacked:
+                packets = _filtered(packets, self._codec.unpacked, stream)
+            self._output.mux(packets, self.frames_written)
         self.frames_written = self._output.frames
 
     def _quantised(self, frame: np.ndarray) -> np.ndarray:
@@ -236,12 +246,11 @@ class VideoWriter:
     def finish(self) -> None:
         """Put the whole file in its place."""
         require(self.frames_written > 0, self.where, "frames", "empty", "at least one frame")
-        if self._encodes:
-            packets = self._stream.encode(None)
-            if self.frames_written <= 2:  # which are always in order; x265 leaves the dts of so few uninitialised
-                for packet in packets:
-                    packet.dts = packet.pts
-            self._output.mux(packets)
+        packets = self._stream.encode(None)
+        if self.frames_written <= 2:  # which are always in order; x265 leaves the dts of so few uninitialised
+            for packet in packets:
+                packet.dts = packet.pts
+        self._output.mux(packets)
         self._output.finish()
 
     def discard(self) -> None:
