@@ -105,22 +105,27 @@ class EditJointPass(UNetPass):
 
     def self_attention(self, call, layer, attn, x, context, value):
         state, size = self.state, call.layer_size(x.shape[1])
-        v = attn.to_v(_first(value, context, x)).chunk(len(call.branches))
-        if not state.injects_attention(layer):
-            q = attn.to_q(x).chunk(len(call.branches))
-            k = attn.to_k(x if context is None else context).chunk(len(call.branches))
+        injected = state.injects_attention(layer)
+
+        def of_source(kind: str) -> list[Tensor]:
+            return [state.shelf.chunk((kind, state.areas[branch], layer), self.chunk) for branch in call.branches]
+
+        def joined(kind: str, parts) -> list[Tensor]:
+            swapped = zip(call.branches, parts, strict=True)
+            return [self.exchange.swap((branch, layer, kind), self.chunk, part) for branch, part in swapped]
+
+        def split(projected: Tensor) -> tuple[Tensor, ...]:
+            return projected.chunk(len(call.branches))
+
+        keys = joined("k", of_source("key") if injected else split(attn.to_k(x if context is None else context)))
+        values = joined("v", split(attn.to_v(_first(value, context, x))))
+        # made last: while other chunks are waited for, every chunk would hold its own
+        queries = of_source("query") if injected else split(attn.to_q(x))
         outs = []
-        for row, branch in enumerate(call.branches):
-            area = state.areas[branch]
-            if state.injects_attention(layer):
-                queries, keys = (state.shelf.chunk((kind, area, layer), self.chunk) for kind in ("query", "key"))
-            else:
-                queries, keys = q[row], k[row]
-            keys = self.exchange.swap((branch, layer, "k"), self.chunk, keys)
-            values = self.exchange.swap((branch, layer, "v"), self.chunk, v[row])
-            kept = state.plan.kept(state.keyframes, state.budget, size, area)
+        for branch, *qkv in zip(call.branches, queries, keys, values, strict=True):
+            kept = state.plan.kept(state.keyframes, state.budget, size, state.areas[branch])
             kept = None if kept is None else kept[self.rows].to(x.device)
-            out = attn.to_out(extended_attention(queries, keys, values, attn.heads, kept))
+            out = attn.to_out(extended_attention(*qkv, attn.heads, kept))
             state.shelf.put(("output", branch, layer), out)
             outs.append(out)
         return torch.cat(outs)
