@@ -119,7 +119,7 @@ class EditEvaluator:
         self.frames, self.source_cond, self.sample_sigmas = frames, source_cond, sample_sigmas
         self._rows = {frame: row for row, frame in enumerate(frames)}
         self.pace, self.on_host, self.compiler = pace, on_host, compiler
-        self._chunk = settings.chunk
+        self._chunk, self._copying = settings.chunk, None
 
     @property
     def steps(self) -> int:
@@ -137,10 +137,19 @@ class EditEvaluator:
         self.pace.begin_step(step)
         self.plan.expect(range(step, self.steps), self.settings.interpolate, _stop_if_cancelled)
         evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
-        with tapped(self.unet, self.family, blocks=self.compiler is not None):
-            out = evaluation.run()
+        try:
+            with tapped(self.unet, self.family, blocks=self.compiler is not None):
+                out = evaluation.run()
+        finally:
+            evaluation.state.shelf.clear()  # an error's traceback would keep it
         self._check_finite(out, step, sigma)
         return out
+
+    def copying(self, device: torch.device) -> "torch.cuda.Stream | None":
+        """The run's stream for copies beside the computing; one, since the allocator keeps memory by stream."""
+        if self._copying is None and device.type == "cuda":
+            self._copying = torch.cuda.Stream(device)
+        return self._copying
 
     def chunk(self, model, x: Tensor, branches: int) -> int:
         """Frames in one forward; chosen once, from the memory that is free with the model loaded."""
@@ -206,7 +215,7 @@ class _Evaluation:
             keyframes,
             self.injection,
             {**areas, **source_areas},
-            Shelf(x.device, edit.on_host),
+            Shelf(x.device, edit.on_host, edit.copying(x.device)),
         )
 
     def run(self) -> list[Tensor]:

@@ -76,6 +76,13 @@ def better_on_host(waiting: int, device: torch.device) -> bool:
     return has_host(device) and waiting > HOST_SHARE * free_memory(device)["GPU memory"]
 
 
+def release_pinned() -> None:
+    """Give back the pinned buffers that PyTorch keeps for the next step and nothing uses; others stay."""
+    release = getattr(torch._C, "_host_emptyCache", None)  # has no public name yet
+    if torch.cuda.is_initialized() and release is not None:
+        release()
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: on an accelerator, or in RAM, for which torch has no exception of its own."""
     return isinstance(error, comfy.model_management.OOM_EXCEPTION) or any(

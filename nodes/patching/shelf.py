@@ -5,20 +5,30 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
+AHEAD = 2  # requests whose rows are brought before they are made: both branches of the next layer
+Rows = tuple[Hashable, int, int]
+
 
 class Shelf:
     """Tensors by key, put chunk after chunk of the keyframes, (frames, ...).
 
-    In host memory they are pinned where the device is a GPU. Copies are queued on the stream that computes, so that
+    In host memory they are pinned where the device is a GPU. What follows a request for rows is learned, and brought
+    to the device on ``stream`` while it computes. Other copies are queued on the stream that computes, so that
     whatever is computed after one finds it done, and PyTorch keeps a pinned buffer until the copies from it are.
+
+    Args:
+        stream: of the device, to bring rows ahead on; None: as the request is made, where nothing runs beside.
 
     Attributes:
         on_host: whether what is put goes to host memory.
     """
 
-    def __init__(self, device: torch.device, on_host: bool):
-        self.device, self.on_host = device, on_host
+    def __init__(self, device: torch.device, on_host: bool, stream: "torch.cuda.Stream | None" = None):
+        self.device, self.on_host, self._stream = device, on_host, stream
         self._parts: dict[Hashable, list[Tensor]] = {}
+        self._next: dict[Hashable, Hashable] = {}
+        self._last: Rows | None = None
+        self._coming: dict[Rows, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def put(self, key: Hashable, part: Tensor) -> None:
         """Add the next chunk."""
@@ -31,16 +41,13 @@ class Shelf:
     def rows(self, key: Hashable, start: int, stop: int) -> Tensor:
         """Frames ``start`` to ``stop`` of all chunks together, on the device."""
         parts = self._parts[key]
-        if all(part.device == self.device for part in parts) and not self.on_host:
+        if not self.on_host:
             if len(parts) > 1:
                 parts[:] = [torch.cat(parts)]
             return parts[0][start:stop]
-        rows, first = torch.empty(stop - start, *parts[0].shape[1:], dtype=parts[0].dtype, device=self.device), 0
-        for part in parts:
-            begin, end = max(start, first), min(stop, first + len(part))
-            if begin < end:
-                rows[begin - start : end - start].copy_(part[begin - first : end - first], non_blocking=True)
-            first += len(part)
+        self._learn((key, start, stop))
+        rows = self._take((key, start, stop))
+        self._bring_ahead(key, start, stop)
         return rows
 
     def drop(self, unless: str) -> None:
@@ -48,14 +55,61 @@ class Shelf:
         self._parts = {key: parts for key, parts in self._parts.items() if key[0] == unless}
 
     def clear(self) -> None:
-        self._parts.clear()
+        """Forget all."""
+        for forgotten in (self._parts, self._next, self._coming):
+            forgotten.clear()
+        self._last = None
 
     def move_to_host(self) -> None:
         """What is here, and what comes."""
         self.on_host = True
+        self._coming.clear()
         for parts in self._parts.values():
             for number, part in enumerate(parts):
                 parts[number] = self._on_host(part)
+
+    def _learn(self, asked: Rows) -> None:
+        """Note which key follows which in one chunk of frames; all of its requests are for the same rows."""
+        if self._last is not None and self._last[1:] == asked[1:]:
+            self._next[self._last[0]] = asked[0]
+        else:
+            self._coming.clear()
+        self._last = asked
+
+    def _take(self, asked: Rows) -> Tensor:
+        if asked not in self._coming:
+            return self._copy(*asked)
+        rows, done = self._coming.pop(asked)
+        if done is not None:
+            computing = torch.cuda.current_stream(self.device)
+            computing.wait_event(done)
+            rows.record_stream(computing)  # the allocator must not hand it out again before that has read it
+        return rows
+
+    def _bring_ahead(self, key: Hashable, start: int, stop: int) -> None:
+        for _ in range(AHEAD):
+            key = self._next.get(key)
+            if key is None:
+                return
+            if (key, start, stop) not in self._coming:
+                self._coming[key, start, stop] = self._bring(key, start, stop)
+
+    def _bring(self, key: Hashable, start: int, stop: int) -> "tuple[Tensor, torch.cuda.Event | None]":
+        if self._stream is None:
+            return self._copy(key, start, stop), None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still fill the host's buffers
+        with torch.cuda.stream(self._stream):
+            return self._copy(key, start, stop), self._stream.record_event()
+
+    def _copy(self, key: Hashable, start: int, stop: int) -> Tensor:
+        parts, first = self._parts[key], 0
+        rows = torch.empty(stop - start, *parts[0].shape[1:], dtype=parts[0].dtype, device=self.device)
+        for part in parts:
+            begin, end = max(start, first), min(stop, first + len(part))
+            if begin < end:
+                rows[begin - start : end - start].copy_(part[begin - first : end - first], non_blocking=True)
+            first += len(part)
+        return rows
 
     def _on_host(self, part: Tensor) -> Tensor:
         buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)

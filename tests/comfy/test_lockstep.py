@@ -1,5 +1,10 @@
 """Chunks of keyframes in lockstep against all of them in one batch."""
 
+import weakref
+from contextlib import nullcontext
+from itertools import count
+
+import comfy.model_management
 import oracles
 import pytest
 import torch
@@ -151,3 +156,49 @@ def test_a_failure_ends_the_others_with_their_finally_run():
     with pytest.raises(KeyError, match="boom"):
         run_in_lockstep([lambda p=p: worker(p) for p in range(3)])
     assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("end", ["success", "exception", "cancel"])
+def test_nothing_stays_on_the_shelf(end, monkeypatch):
+    """Activations on host memory are gone at the end, while an error's traceback is still held."""
+    graph = Graph("sd1", frames=6, steps=2)
+    plan, parts, calls, original = select(graph.descriptors, -1.0, -1.0, max_clip=2), [], count(), Shelf._on_host
+    monkeypatch.setattr(patch, "better_on_host", lambda *_: True)
+
+    def on_host(shelf, part):
+        buffer = original(shelf, part)
+        parts.append(weakref.ref(buffer))
+        return buffer
+
+    def wrapper(executor, x, *args, **kwargs):
+        if "EditPropagation" in type(args[4].get("adaflow")).__name__ and next(calls) == 1 and end != "success":
+            assert any(part() is not None for part in parts)
+            if end == "exception":
+                raise KeyError("somebody's patch")
+            comfy.model_management.interrupt_current_processing(True)
+        return executor(x, *args, **kwargs)
+
+    monkeypatch.setattr(Shelf, "_on_host", on_host)
+    model = graph.model.clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    failure = (KeyError, comfy.model_management.InterruptProcessingException)
+    with nullcontext() if end == "success" else pytest.raises(failure) as raised:
+        graph.edit(plan, model=model, chunk=1)
+    assert parts and not [part for part in parts if part() is not None]
+    del raised
+
+
+def test_rows_that_the_next_request_wants_are_brought_before_it():
+    parts = {key: torch.randn(5, 2, 3) for key in "abc"}
+    shelf, copied = Shelf(torch.device("cpu"), on_host=True), []
+    for key, part in parts.items():
+        shelf.put(key, part[:2])
+        shelf.put(key, part[2:])
+    copy, shelf._copy = shelf._copy, lambda *asked: copied.append(asked) or copy(*asked)
+    for start, stop, ahead in ((0, 3, 0), (1, 5, 2), (1, 5, 2), (4, 5, 2)):
+        for number, key in enumerate(parts):
+            before = len(copied)
+            assert torch.equal(shelf.rows(key, start, stop), parts[key][start:stop])
+            if number and ahead:
+                assert (key, start, stop) in copied[:before]
+    assert len(copied) <= 4 * len(parts) + 2  # nothing is brought twice, and little in vain
