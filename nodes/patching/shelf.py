@@ -27,7 +27,8 @@ class Shelf:
         self.device, self.on_host, self._stream = device, on_host, stream
         self._parts: dict[Hashable, list[Tensor]] = {}
         self._next: dict[Hashable, Hashable] = {}
-        self._last: Rows | None = None
+        self._first: Hashable | None = None
+        self._last: Hashable | None = None
         self._coming: dict[Rows, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def put(self, key: Hashable, part: Tensor) -> None:
@@ -45,7 +46,7 @@ class Shelf:
             if len(parts) > 1:
                 parts[:] = [torch.cat(parts)]
             return parts[0][start:stop]
-        self._learn((key, start, stop))
+        self._learn(key)
         rows = self._take((key, start, stop))
         self._bring_ahead(key, start, stop)
         return rows
@@ -58,7 +59,7 @@ class Shelf:
         """Forget all."""
         for forgotten in (self._parts, self._next, self._coming):
             forgotten.clear()
-        self._last = None
+        self._first = self._last = None
 
     def move_to_host(self) -> None:
         """What is here, and what comes."""
@@ -68,13 +69,15 @@ class Shelf:
             for number, part in enumerate(parts):
                 parts[number] = self._on_host(part)
 
-    def _learn(self, asked: Rows) -> None:
-        """Note which key follows which in one chunk of frames; all of its requests are for the same rows."""
-        if self._last is not None and self._last[1:] == asked[1:]:
-            self._next[self._last[0]] = asked[0]
-        else:
+    def _learn(self, key: Hashable) -> None:
+        """Note which key follows which; each chunk of frames begins with the same one, and with rows of its own."""
+        if self._first is None:
+            self._first = key
+        if key == self._first:
             self._coming.clear()
-        self._last = asked
+        else:
+            self._next[self._last] = key
+        self._last = key
 
     def _take(self, asked: Rows) -> Tensor:
         if asked not in self._coming:
