@@ -1,6 +1,7 @@
 """Run as a program: reads the files named on standard input as the nodes do, and says what came of each, in JSON lines.
 
-Arguments: the pack's folder, a scratch folder, the most memory that it may take, bytes of address space.
+Arguments: the pack's folder, a scratch folder, and how many bytes of address space it may take. All memory counts from
+when the libraries are loaded, which take much or little by what PyTorch was built for.
 """
 
 import importlib.util
@@ -17,10 +18,10 @@ def mount(root: str) -> None:
     spec.loader.exec_module(module)
 
 
-def peak_memory() -> int:
-    """Most resident bytes of this program alone; ``ru_maxrss`` begins at what its parent held before ``exec``."""
+def memory(kind: str) -> int:
+    """Bytes of this program alone: VmHWM, most resident (``ru_maxrss`` begins at what its parent held), or VmSize."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{kind}:"))
 
 
 def pass_through(path: Path, target: Path) -> int:
@@ -42,9 +43,11 @@ def pass_through(path: Path, target: Path) -> int:
 
 def main(root: str, scratch: str, most_memory: str) -> None:
     mount(root)
+    from pack.adaflow import video_writer  # noqa: F401  brings all of the libraries
     from pack.adaflow.errors import InputError
 
-    resource.setrlimit(resource.RLIMIT_AS, (int(most_memory), int(most_memory)))
+    resident, limit = memory("VmHWM"), memory("VmSize") + int(most_memory)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin:
         path, started = Path(line.strip()), time.monotonic()
         said = {"name": path.name}
@@ -55,7 +58,7 @@ def main(root: str, scratch: str, most_memory: str) -> None:
         except BaseException as error:
             said["failed"] = f"{type(error).__name__}: {error}"
         said["seconds"] = time.monotonic() - started
-        said["memory"] = peak_memory()
+        said["memory"] = memory("VmHWM") - resident
         print(json.dumps(said), flush=True)
 
 

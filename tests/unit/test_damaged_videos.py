@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS, FRAMES = 300, 24
 PATIENCE = 30.0  # seconds for one file
-MOST_ADDRESSES, MOST_MEMORY = 4 << 30, 400e6
+MOST_ADDRESSES, MOST_MEMORY = 2 << 30, 200e6
 SOUND = {
     "a.mp4": ("aac", "mono"),
     "b.mkv": ("flac", "mono"),
