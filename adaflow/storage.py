@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-_CODES = {torch.float16: "F16", torch.float32: "F32", torch.int32: "I32"}
+_CODES = {
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+}
 
 
 def replace_durably(partial: Path, path: Path) -> None:
@@ -55,7 +61,7 @@ class SafetensorsWriter:
 
     Args:
         path: the final path.
-        shapes: tensor name -> (dtype, shape); dtype one of float16, float32, int32.
+        shapes: tensor name -> (dtype, shape); dtype one of float16, float32, int32, uint8, uint16.
         metadata: text to text, stored in the header.
     """
 

@@ -179,6 +179,17 @@ class VideoWriter:
 
     def write(self, frames) -> None:
         """Encode frames, (n, height, width, 3), uint8 or float in 0..1 (clipped); numpy or a CPU torch tensor."""
+        self.write_levels(self.levels(frames))
+
+    def levels(self, frames) -> np.ndarray:
+        """Frames, as :meth:`write` takes them, in the levels and with the even sides that the pixel format needs.
+
+        Returns:
+            (n, height, width, 3), uint8, or uint16 for ten bits.
+
+        Raises:
+            InputError: they are not finite, or of another size.
+        """
         frames = np.asarray(frames)
         expected = (self.height, self.width, 3)
         require(
@@ -188,8 +199,14 @@ class VideoWriter:
             f"of shape {frames.shape}",
             f"(n, {self.height}, {self.width}, 3)",
         )
-        for frame in frames:
-            self._encode(self._quantised(frame))
+        found = [self._quantised(frame, self.frames_written + number) for number, frame in enumerate(frames)]
+        height, width = self._stream.height, self._stream.width
+        return np.stack(found) if found else np.empty((0, height, width, 3), self._levels.dtype)
+
+    def write_levels(self, levels: np.ndarray) -> None:
+        """Encode what :meth:`levels` gave, of this writer or another one with its settings."""
+        for frame in levels:
+            self._encode(frame)
 
     def copy(self, path: Path) -> None:
         """Take over the frames of a file that a writer of the same settings made, without encoding them again."""
@@ -200,14 +217,14 @@ class VideoWriter:
             self._output.mux(packets, self.frames_written)
         self.frames_written = self._output.frames
 
-    def _quantised(self, frame: np.ndarray) -> np.ndarray:
+    def _quantised(self, frame: np.ndarray, number: int) -> np.ndarray:
         """The frame in as many levels as the pixel format needs, with even sides where it needs those."""
         most = self._levels.max
         if frame.dtype == np.uint8:
             frame = frame * np.asarray(most // 255, self._levels.dtype)
         else:
             if not np.isfinite(frame).all():
-                got = f"not finite (NaN or infinity) in frame {self.frames_written}"
+                got = f"not finite (NaN or infinity) in frame {number}"
                 raise InputError(self.where, "frames", got, "finite numbers in 0..1")
             frame = (frame.astype(np.float32).clip(0, 1) * most + 0.5).astype(self._levels.dtype)
         if self._subsampled and (self.width % 2 or self.height % 2):

@@ -183,7 +183,7 @@ class AdaFlowSaveVideo(io.ComfyNode):
                 ),
                 resume_input(
                     "resume (default): a save of the same latents with the same settings that was cancelled or crashed "
-                    "goes on from the last frames that are whole, 64 or so at a time, and ends in the same file. start "
+                    "goes on after the last chunk that was decoded, and ends in the same file. start "
                     "afresh: all frames are decoded again. An IMAGE batch always is."
                 ),
             ],
@@ -239,6 +239,7 @@ class AdaFlowSaveVideo(io.ComfyNode):
             images = (piece[..., :3].float().cpu() for piece in frames.split(chunk))
         else:
             writer = _resumable_writer(frames["samples"], vae, resume, target, settings)
+            chunk = min(chunk, writer.chunk or chunk)  # more may not have fitted
             images = _decoded(frames["samples"], vae, chunk, writer.frames_written)
         progress = comfy.utils.ProgressBar(count)
         with writer:

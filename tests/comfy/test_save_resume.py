@@ -1,4 +1,4 @@
-"""A save that was broken off goes on after its last whole segment, and ends in the bytes of an unbroken one."""
+"""A save that was broken off goes on after the last chunk it decoded, and ends in the bytes of an unbroken one."""
 
 import logging
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ from small_vae import small_vae
 from test_video_nodes import SAVE, write_clip
 
 FRAMES, CHUNK = 2 * SEGMENT + 20, 16
+DONE = SEGMENT + CHUNK  # of a save that is broken off before its sixth chunk
 CODECS = ["h264", "h265", "vp9", "prores", "ffv1"]
 
 
@@ -63,13 +64,13 @@ def decodes(vae, at: int = 0, action=None):
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("codec", CODECS)
-def test_it_goes_on_after_the_last_whole_segment(samples, vae, codec, end, comfy_folders, caplog):
+def test_it_goes_on_after_the_last_chunk(samples, vae, codec, end, comfy_folders, caplog):
     action, error = ENDS[end]
     whole = save(samples, vae, codec=codec).read_bytes()
-    for at in (3, 6, FRAMES // CHUNK):  # chunks; four make a segment
+    for at in (1, 3, 6, FRAMES // CHUNK):  # chunks; four make a segment
         with pytest.raises(error), decodes(vae, at, action):
             save(samples, vae, codec=codec)
-        done = (at - 1) * CHUNK // SEGMENT * SEGMENT
+        done = (at - 1) * CHUNK
         caplog.clear()
         with decodes(vae) as counts, caplog.at_level(logging.INFO):
             assert save(samples, vae, codec=codec).read_bytes() == whole
@@ -79,7 +80,7 @@ def test_it_goes_on_after_the_last_whole_segment(samples, vae, codec, end, comfy
 
 
 def broken(samples, vae, **changes):
-    """Leave a save that was broken off after one segment."""
+    """Leave a save that was broken off after one segment and a chunk."""
     with pytest.raises(ZeroDivisionError), decodes(vae, 6, lambda: 1 / 0):
         save(samples, vae, **changes)
 
@@ -120,7 +121,15 @@ def test_only_a_save_of_the_same_goes_on(samples, vae, change):
     inputs = {"samples": samples, "vae": vae, **make(samples, vae)}
     with decodes(inputs["vae"]) as counts:
         save(**inputs)
-    assert sum(counts) == FRAMES - goes_on * SEGMENT
+    assert sum(counts) == FRAMES - goes_on * DONE
+
+
+def test_the_chunk_that_fitted_is_not_exceeded_later(samples, vae):
+    """Though the user's is larger: it may not fit again, and the last bits may depend on it."""
+    broken(samples, vae, chunk=8)
+    with decodes(vae) as counts:
+        save(samples, vae, chunk=CHUNK)
+    assert set(counts[:-1]) == {8}
 
 
 def test_a_damaged_segment_is_noticed_and_all_is_done_again(samples, vae, comfy_folders, caplog):
@@ -143,7 +152,7 @@ def test_sound_and_metadata_are_put_in_at_the_end(samples, vae, comfy_folders):
     broken(samples, vae)
     with decodes(vae) as counts:
         assert save(samples, vae, source=source).read_bytes() == whole
-    assert sum(counts) == FRAMES - SEGMENT
+    assert sum(counts) == FRAMES - DONE
 
 
 def test_images_are_saved_without_a_run(comfy_folders, monkeypatch):
