@@ -18,33 +18,6 @@ from .patching.preview import NodeText
 
 logger = logging.getLogger(__name__)
 RESUME = ["resume", "start afresh"]
-LONGEST_TEXT = 50_000
-
-
-def refusal(node: type[io.ComfyNode], **values) -> bool | str:
-    """For ``validate_inputs``: True, or which of ``values`` a widget of ``node`` does not take.
-
-    ComfyUI lets NaN through, and choices that are not in the list. It does not look at the inputs that
-    ``validate_inputs`` names; those that are wired arrive there as None.
-    """
-    schema = node.define_schema()
-    try:
-        for widget in schema.inputs:
-            if values.get(widget.id) is not None:
-                _require_value(widget, values[widget.id], schema.node_id)
-    except InputError as error:
-        return str(error)
-    return True
-
-
-def _require_value(widget: io.Input, value: object, where: str) -> None:
-    if isinstance(widget, io.Float.Input):
-        within = isinstance(value, (int, float)) and widget.min <= value <= widget.max
-        require(within, where, widget.id, value, f"a number from {widget.min:g} to {widget.max:g}")
-    elif isinstance(widget, io.Combo.Input):
-        require_one_of(value, widget.options, where, widget.id)
-    elif isinstance(widget, io.String.Input):
-        require(len(value) <= LONGEST_TEXT, where, widget.id, f"of {len(value)} characters", f"at most {LONGEST_TEXT}")
 
 
 def chunk_input(optional: bool = False) -> io.Int.Input:

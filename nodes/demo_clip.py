@@ -7,12 +7,13 @@ from comfy_api.latest import io
 from ..adaflow.demo import ATTRIBUTES, Clip
 from ..adaflow.errors import require
 from .types import CATEGORY
+from .validation import CheckedNode
 
 CHUNK = 16  # frames drawn at once
 DEFAULTS = {"kind": "car", "colour": "red", "season": "summer", "time": "day", "style": "photo"}
 
 
-class AdaFlowDemoClip(io.ComfyNode):
+class AdaFlowDemoClip(CheckedNode):
     """Frames of :class:`Clip`, and what they show."""
 
     @classmethod

@@ -4,9 +4,10 @@ from comfy_api.latest import io
 
 from .patching.demo_model import load_demo_model
 from .types import CATEGORY
+from .validation import CheckedNode
 
 
-class AdaFlowLoadDemoModel(io.ComfyNode):
+class AdaFlowLoadDemoModel(CheckedNode):
     """Stands where a checkpoint loader would."""
 
     @classmethod

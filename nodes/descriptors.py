@@ -21,9 +21,10 @@ from .patching.fingerprint import fingerprint, model_fingerprint
 from .patching.inversion import descriptor_channels, extract_descriptors, zero_conditioning
 from .patching.preview import NodeText, latent_rgb
 from .types import CATEGORY, Descriptors
+from .validation import CheckedNode
 
 
-class AdaFlowExtractDescriptors(io.ComfyNode):
+class AdaFlowExtractDescriptors(CheckedNode):
     """Mean diffusion features of the clean frames."""
 
     @classmethod

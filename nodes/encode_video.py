@@ -12,6 +12,7 @@ from ..adaflow.errors import InputError, require
 from .lazy_video import clip_of
 from .patching.vae import ChunkedVAE
 from .types import CATEGORY
+from .validation import CheckedNode
 
 NODE = "AdaFlow Encode Video"
 CHUNK_BYTES = 128 << 20
@@ -67,7 +68,7 @@ def _describe(source) -> tuple[int, int, int, float, object]:
     return clip.count(), clip.width, clip.height, float(clip.fps), decoded
 
 
-class AdaFlowEncodeVideo(io.ComfyNode):
+class AdaFlowEncodeVideo(CheckedNode):
     """Encodes a video frame by frame; only one chunk of it is ever decoded."""
 
     @classmethod

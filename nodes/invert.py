@@ -21,7 +21,6 @@ from .common import (
     clip_latent,
     disk_errors_explained,
     middle_column,
-    refusal,
     resumable_run,
     resume_input,
 )
@@ -32,12 +31,13 @@ from .patching.preview import NodeText, latent_rgb, sampling_callback
 from .types import CATEGORY
 from .types import Descriptors as DescriptorsType
 from .types import Trajectory as TrajectoryType
+from .validation import CheckedNode
 
 DESCRIPTORS = "descriptors.safetensors"
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 
-class AdaFlowDDIMInvert(io.ComfyNode):
+class AdaFlowDDIMInvert(CheckedNode):
     """Inverts a clip and stores its latents at every noise level."""
 
     @classmethod
@@ -84,11 +84,6 @@ class AdaFlowDDIMInvert(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, precision=None, resume=None):
-        """Refuse before anything runs what ComfyUI does not check."""
-        return refusal(cls, precision=precision, resume=resume)
 
     @classmethod
     def execute(cls, model, source, latent, steps, precision="float16", chunk=0, resume=RESUME[0]) -> io.NodeOutput:

@@ -3,13 +3,14 @@
 import comfy.samplers
 from comfy_api.latest import io
 
-from .common import RESUME, preview_picture, refusal, resume_input, sample_edit
+from .common import RESUME, preview_picture, resume_input, sample_edit
 from .patching.edit import Edit
 from .patching.evaluator import EditSettings
 from .patching.patch import deterministic_samplers
 from .patching.preview import latent_rgb
 from .types import CATEGORY, Plan, Trajectory
 from .types import Edit as EditType
+from .validation import CheckedNode
 
 
 def share_inputs() -> list[io.Input]:
@@ -36,7 +37,7 @@ def share_inputs() -> list[io.Input]:
     ]
 
 
-class AdaFlowJointKeyframeEdit(io.ComfyNode):
+class AdaFlowJointKeyframeEdit(CheckedNode):
     """Joint edit of one keyframe for each clip."""
 
     @classmethod
@@ -78,14 +79,6 @@ class AdaFlowJointKeyframeEdit(io.ComfyNode):
                 EditType.Output(display_name="edit", tooltip="For AdaFlow Token Propagate."),
             ],
         )  # fmt: skip
-
-    @classmethod
-    def validate_inputs(
-        cls, cfg=None, sampler_name=None, scheduler=None, feature_share=None, attention_share=None, resume=None
-    ):
-        """Refuse before anything runs what ComfyUI does not check."""
-        shares = {"feature_share": feature_share, "attention_share": attention_share}
-        return refusal(cls, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler, resume=resume, **shares)
 
     @classmethod
     def execute(

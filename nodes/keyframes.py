@@ -10,9 +10,10 @@ from ..adaflow.errors import InputError, require_one_of
 from ..adaflow.keyframes import LOOKAHEAD, Clips, CutThresholds, KeyframeDraws, cut_clips
 from ..adaflow.picture import yt_picture
 from ..adaflow.plan import EditPlan
-from .common import preview_picture, refusal
+from .common import preview_picture
 from .patching.memory import halved
 from .types import CATEGORY, Descriptors, Plan
+from .validation import CheckedNode
 
 MODES = ["resample", "fixed", "schedule"]
 
@@ -29,7 +30,7 @@ def parse_schedule(text: str, where: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(step) for step in steps if step)
 
 
-class AdaFlowKeyframeSelect(io.ComfyNode):
+class AdaFlowKeyframeSelect(CheckedNode):
     """Adaptive Keyframe Selection."""
 
     @classmethod
@@ -99,19 +100,9 @@ class AdaFlowKeyframeSelect(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, mean_threshold=None, window_threshold=None, draw_mode=None, schedule=None):
-        """Refuse before anything runs what ComfyUI does not check."""
-        try:
-            parse_schedule(schedule or "", "AdaFlowKeyframeSelect")
-        except InputError as error:
-            return str(error)
-        return refusal(
-            cls,
-            mean_threshold=mean_threshold,
-            window_threshold=window_threshold,
-            draw_mode=draw_mode,
-            schedule=schedule,
-        )
+    def check_constants(cls, constants: dict, wired: dict) -> None:
+        """The schedule can be read."""
+        parse_schedule(constants.get("schedule", ""), "AdaFlowKeyframeSelect")
 
     @classmethod
     def execute(

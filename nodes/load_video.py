@@ -7,10 +7,11 @@ from pathlib import Path, PurePath
 import folder_paths
 from comfy_api.latest import io
 
-from ..adaflow.errors import InputError, require
+from ..adaflow.errors import require
 from ..adaflow.video import VideoClip, fit_size, probe
 from .lazy_video import AdaFlowVideo, clip_of
 from .types import CATEGORY
+from .validation import CheckedNode
 
 NODE = "AdaFlow Load Video"
 UNWIRED = object()
@@ -45,7 +46,7 @@ def confined_path(name: str) -> Path:
     return path
 
 
-class AdaFlowLoadVideo(io.ComfyNode):
+class AdaFlowLoadVideo(CheckedNode):
     """Opens a video file and picks a range; nothing is decoded but the first frame."""
 
     @classmethod
@@ -123,15 +124,10 @@ class AdaFlowLoadVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file, video=UNWIRED):
-        """Refuse a file outside ComfyUI's folders. A wired input arrives here as None, an unwired one not at all."""
-        if video is not UNWIRED or file is None:
-            return True
-        try:
-            confined_path(file)
-        except InputError as error:
-            return str(error)
-        return True
+    def check_constants(cls, constants: dict, wired: dict) -> None:
+        """The file lies in ComfyUI's folders, if it is to be read."""
+        if "video" not in wired and "file" in constants:
+            confined_path(constants["file"])
 
     @classmethod
     def fingerprint_inputs(cls, file=None, video=UNWIRED, **rest):

@@ -2,15 +2,15 @@
 
 from comfy_api.latest import io
 
-from .common import refusal
 from .joint_edit import share_inputs
 from .patching.evaluator import EditSettings
 from .patching.patch import patch_edit
 from .propagate import compile_input, propagation_inputs
 from .types import CATEGORY, Plan, Trajectory
+from .validation import CheckedNode
 
 
-class AdaFlowPatchModel(io.ComfyNode):
+class AdaFlowPatchModel(CheckedNode):
     """Joint keyframe edit and propagation inside somebody else's sampler."""
 
     @classmethod
@@ -35,11 +35,6 @@ class AdaFlowPatchModel(io.ComfyNode):
             ],
             outputs=[io.Model.Output(tooltip="The patched model.")],
         )  # fmt: skip
-
-    @classmethod
-    def validate_inputs(cls, feature_share=None, attention_share=None):
-        """Refuse before anything runs what ComfyUI does not check."""
-        return refusal(cls, feature_share=feature_share, attention_share=attention_share)
 
     @classmethod
     def execute(

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
-from .common import RESUME, chunk_input, refusal, resume_input, sample_edit
+from .common import RESUME, chunk_input, resume_input, sample_edit
 from .types import CATEGORY, Edit
+from .validation import CheckedNode
 
 
 def propagation_inputs() -> list[io.Input]:
@@ -33,7 +34,7 @@ def compile_input() -> io.Input:
     )
 
 
-class AdaFlowTokenPropagate(io.ComfyNode):
+class AdaFlowTokenPropagate(CheckedNode):
     """Joint edit and propagation, step by step, over the whole clip."""
 
     @classmethod
@@ -52,11 +53,6 @@ class AdaFlowTokenPropagate(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="Every frame, edited: for AdaFlow Save Video.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, resume=None):
-        """Refuse before anything runs what ComfyUI does not check."""
-        return refusal(cls, resume=resume)
 
     @classmethod
     def execute(cls, edit, interpolation, chunk, resume=RESUME[0], compile=False) -> io.NodeOutput:

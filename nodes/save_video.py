@@ -18,13 +18,14 @@ from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.video import VideoClip
 from ..adaflow.video_segments import SegmentedWriter, coding_identity
 from ..adaflow.video_writer import CODECS, PIXEL_FORMATS, VideoWriter
-from .common import RESUME, disk_errors_explained, refusal, resumable_run, resume_input
+from .common import RESUME, disk_errors_explained, resumable_run, resume_input
 from .encode_video import auto_chunk, require_finite, require_image_vae
 from .lazy_video import clip_of
 from .patching.fingerprint import fingerprint, vae_fingerprint
 from .patching.preview import NodeText
 from .patching.vae import ChunkedVAE
 from .types import CATEGORY
+from .validation import CheckedNode
 
 NODE = "AdaFlow Save Video"
 MAX_FPS = 1000.0
@@ -109,7 +110,7 @@ def _times(rate: Fraction | float, count: int, clip: VideoClip | None) -> np.nda
     return clip.times() if same else None
 
 
-class AdaFlowSaveVideo(io.ComfyNode):
+class AdaFlowSaveVideo(CheckedNode):
     """Decodes, encodes and saves a video as a stream."""
 
     @classmethod
@@ -193,15 +194,10 @@ class AdaFlowSaveVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, fps=None, codec=None, filename_prefix=None, pixel_format=None, resume=None):
-        """Refuse before anything runs what ComfyUI does not check."""
-        try:
-            if filename_prefix is not None:
-                require_inside(filename_prefix)
-        except InputError as error:
-            return str(error)
-        choices = {"codec": codec, "pixel_format": pixel_format, "resume": resume}
-        return refusal(cls, fps=fps, filename_prefix=filename_prefix, **choices)
+    def check_constants(cls, constants: dict, wired: dict) -> None:
+        """The file's name, before anything runs."""
+        if "filename_prefix" in constants:
+            require_inside(constants["filename_prefix"])
 
     @classmethod
     def execute(

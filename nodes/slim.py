@@ -4,9 +4,10 @@ from comfy_api.latest import io
 
 from .patching.slim import SlimSettings, patch_slim
 from .types import CATEGORY, Plan
+from .validation import CheckedNode
 
 
-class AdaFlowSlimAttention(io.ComfyNode):
+class AdaFlowSlimAttention(CheckedNode):
     """Adaptive Attention Slimming as a patch."""
 
     @classmethod

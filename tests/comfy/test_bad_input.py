@@ -4,6 +4,7 @@ import pytest
 import torch
 from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.nodes.descriptors import AdaFlowExtractDescriptors
+from adaflow_pack.nodes.encode_video import AdaFlowEncodeVideo
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.save_video import AdaFlowSaveVideo
 from adaflow_pack.nodes.slim import AdaFlowSlimAttention
@@ -197,6 +198,29 @@ def test_a_file_name_that_leads_out_of_the_output_folder(prefix, comfy_folders, 
     finally:
         leak.unlink()
     assert not list(tmp_path.iterdir()) and set(comfy_folders.rglob("*")) == before - {leak}
+
+
+@pytest.mark.parametrize(
+    ("wired", "value", "facts"),
+    [
+        ({}, "x", "'x'; expected a VIDEO or IMAGE, wired from another node"),
+        ({}, None, "None; expected a VIDEO or IMAGE, wired from another node"),
+        ({}, {"samples": 1}, "{'samples': 1}; expected a VIDEO or IMAGE, wired from another node"),
+        ({"source": "LATENT"}, None, "wired to a LATENT; expected a VIDEO or IMAGE"),
+    ],
+)
+def test_a_socket_that_is_given_a_constant_or_wired_wrongly(wired, value, facts):
+    """ComfyUI shows a node None where an input is wired; only the types that it tells beside that say so."""
+    message = AdaFlowEncodeVideo.validate_inputs({"vae": "VAE", **wired}, source=value, vae=None, chunk=0)
+    assert message == f"AdaFlowEncodeVideo: input 'source' is {facts}"
+
+
+@pytest.mark.parametrize("received", ["VIDEO", "IMAGE", "*"])
+def test_a_socket_that_is_wired(received):
+    from comfy.comfy_types import IO
+
+    received = IO.ANY if received == "*" else received
+    assert AdaFlowEncodeVideo.validate_inputs({"source": received, "vae": "VAE"}, source=None, vae=None) is True
 
 
 def test_descriptors_of_the_published_setting_resemble_the_free_ones(graph):

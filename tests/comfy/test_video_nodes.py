@@ -160,7 +160,7 @@ def test_a_whole_video_is_handed_on_as_its_file(folders):
 def test_load_refuses_files_outside_its_folders(folders, name):
     write_clip(folders / "secret.mp4", 2)
     (folders / "input" / "link.mp4").symlink_to(folders / "secret.mp4")
-    message = AdaFlowLoadVideo.validate_inputs(name)
+    message = AdaFlowLoadVideo.validate_inputs(file=name)
     assert isinstance(message, str) and message.startswith("AdaFlow Load Video: input 'file'")
     with pytest.raises(InputError, match="AdaFlow Load Video: input 'file'"):
         load(file=name)

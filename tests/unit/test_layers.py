@@ -20,6 +20,7 @@ COMFY_FOR_NODES = {
     "comfy.model_management",
     "comfy.cli_args",
     "comfy.samplers",  # its lists of sampler and scheduler names
+    "comfy_execution.validation",  # which link fits which input
     "latent_preview",
     "node_helpers",
 }
