@@ -1,4 +1,4 @@
-"""Times extended attention under a KV budget: PyTorch's attention after a gather against the Triton kernel.
+"""Times extended attention under a KV budget: PyTorch's attention after a gather, also cuDNN's, and the Triton kernel.
 
     python benchmarks/attention.py --out benchmarks/results/h100-attention.json
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from harness import best_ms, peak_gib, reset_peak, write_result
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CHANNELS = 64
 LEVELS = {(48, 84): 5, (24, 42): 10, (12, 21): 20, (6, 11): 20}  # SD 2.1: heads at each resolution
@@ -50,6 +51,15 @@ def timed(function, operations_done: float) -> dict:
     return {"ms": round(ms, 4), "TFLOP/s": round(operations_done / ms / 1e9, 1), "extra MiB": round(extra, 1)}
 
 
+def timed_cudnn(function, operations_done: float) -> dict:
+    """The same with PyTorch held to cuDNN's attention, which it does not choose by itself; or why it cannot be."""
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return timed(function, operations_done)
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[0][:200]}
+
+
 def compare(modules, tokens: int, heads: int, queries: int, budget: int, device: str, tiles) -> dict:
     """One shape: both backends, how far they are apart, and which was faster."""
     attention, kernel = modules
@@ -61,8 +71,10 @@ def compare(modules, tokens: int, heads: int, queries: int, budget: int, device:
     row = {"tokens": tokens, "heads": heads, "query frames": queries, "budget": budget, "difference": error}
     row["gather and SDPA"] = timed(lambda: attention.gathered_attention(q, k, v, heads, kept), work)
     row["kernel"] = timed(lambda: kernel.slim_attention(q, k, v, heads, kept, tiles), work)
+    row["gather and cuDNN"] = timed_cudnn(lambda: attention.gathered_attention(q, k, v, heads, kept), work)
     row["kernel is faster"] = row["kernel"]["ms"] < row["gather and SDPA"]["ms"]
     print(f"{tokens:5} tokens, {queries:3} frames, budget {budget:2}: SDPA {row['gather and SDPA']['ms']:.3f} ms, "
+          f"cuDNN {row['gather and cuDNN'].get('ms', 'none')} ms, "
           f"kernel {row['kernel']['ms']:.3f} ms, difference {error:.1e}", flush=True)  # fmt: skip
     return row
 

@@ -30,6 +30,15 @@ def test_every_case_stands_in_the_table(benchmarks, tmp_path, monkeypatch):
     assert report.attention_table() == report.ratio_table() == report.profile_table() == report.MISSING
 
 
+def test_a_backend_that_does_not_run_is_said(benchmarks, tmp_path, monkeypatch):
+    report, timed = benchmarks("performance_report"), {"ms": 2.0, "TFLOP/s": 300.0}
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    row = {"tokens": 15, "heads": 2, "query frames": 2, "budget": 2, "gather and SDPA": timed, "kernel": timed}
+    content = {"gpu": "H", "commit": "0" * 40, "rows": [row | {"gather and cuDNN": {"error": "no viable backend"}}]}
+    (tmp_path / "h100-attention.json").write_text(json.dumps(content))
+    assert "| 15 | 2 | 2 | 2 | 2.000 (300) | does not run | 2.000 (300) | 1.00 |" in report.attention_table()
+
+
 def test_a_section_is_replaced_and_a_missing_one_noticed(benchmarks):
     report = benchmarks("performance_report")
     page = "a\n<!-- cases -->\nold\n<!-- end of cases -->\nb"
