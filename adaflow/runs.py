@@ -217,38 +217,55 @@ def open_run(root: Path, kind: str, identity: dict, afresh: bool = False) -> Run
     return run
 
 
-def remove_old_runs(root: Path, needed: int = 0, max_bytes: int = MAX_BYTES, max_age: float = MAX_AGE) -> None:
+def remove_old_runs(root: Path, needed: int = 0, max_bytes: int = MAX_BYTES, max_age: float = MAX_AGE) -> int:
     """Make room: remove runs unused for ``max_age`` seconds, and the longest unused ones beyond ``max_bytes`` in all.
 
-    Nothing is touched that is in use, by any process, or that is not a run's folder.
+    Nothing is touched that is in use, by any process, or that is not a run's folder. A run that alone takes more than
+    ``max_bytes`` goes by its age or for ``needed`` only: room for it is not made by removing all others.
 
     Args:
-        needed: bytes that are about to be written; more is removed where the disk has not as much free.
+        needed: bytes that are about to be written; where the disk has not as much free, more runs are removed, the
+            longest unused first. Where that could not free enough, none is removed for any reason.
+
+    Returns:
+        Bytes of the runs that were left because removing them all would not have made room; else 0.
     """
     if not root.is_dir():
-        return
+        return 0
     with FileLock(root / LOCK):
         found = [path for path in root.iterdir() if _FOLDER.fullmatch(path.name) and not path.is_symlink()]
-        ages = {folder: _last_use(folder) for folder in found}
-        total = sum(map(_size, found))
-        for folder in sorted(found, key=ages.get):
-            expired = time.time() - ages[folder] > max_age
-            if not expired and total + needed <= max_bytes and needed <= shutil.disk_usage(root).free:
-                break
-            size = _size(folder)
-            if _remove(folder):
-                total -= size
+        used = {folder: _last_use(folder) for folder in found}
+        sizes = {folder: _size(folder) for folder in found}
+        free = shutil.disk_usage(root).free
+        if needed > free:
+            removable = sum(size for folder, size in sizes.items() if _is_unused(folder))
+            if needed > free + removable:
+                return removable
+        total = sum(size for size in sizes.values() if size <= max_bytes)
+        for folder in sorted(found, key=used.get):
+            size = sizes[folder]
+            expired, counted = time.time() - used[folder] > max_age, size <= max_bytes
+            if (expired or needed > free or (counted and total > max_bytes)) and _remove(folder):
+                free, total = free + size, total - size * counted
                 logger.info("AdaFlow: removed the old run %s, %.1f MB", folder.name, size / 1e6)
+    return 0
 
 
-def _remove(folder: Path) -> bool:
-    """Remove a run's folder unless it is in use; call it while holding the root's lock."""
+def _is_unused(folder: Path) -> bool:
+    """Whether nobody has a run's folder locked; it stays so while the root's lock is held."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         return False
     lock.release()
+    return True
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a run's folder unless it is in use; call it while holding the root's lock."""
+    if not _is_unused(folder):
+        return False
     shutil.rmtree(folder, ignore_errors=True)
     return True
 

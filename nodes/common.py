@@ -59,17 +59,24 @@ def middle_column(latent: Tensor) -> Tensor:
     return latent[..., latent.shape[-1] // 2]
 
 
-def require_room(name: str, size_bytes: int, folder: Path, where: str, text: NodeText, what: str = "latent") -> None:
-    """Say how much disk is needed; raise :class:`InputError` on ``what``, with both numbers, unless so much is free."""
+def require_room(
+    name: str, size_bytes: int, folder: Path, where: str, text: NodeText, what: str = "latent", removable: int = 0
+) -> None:
+    """Say how much disk is needed; raise :class:`InputError` on ``what``, with the numbers, unless so much is free.
+
+    Args:
+        removable: bytes of older runs that were kept because removing them would not have been enough.
+    """
     free = shutil.disk_usage(folder).free
     text.put("disk", f"{name}: {size_bytes / 1e9:.2f} GB of disk ({free / 1e9:.1f} free)")
+    kept = f" (with the {removable / 1e9:.2f} GB of older runs, which were kept, it would not be enough)"
     require(
-        size_bytes < free,
+        size_bytes <= free,
         where,
         what,
         f"so long that the {name} needs {size_bytes / 1e9:.2f} GB of disk",
-        f"less than the {free / 1e9:.2f} GB free in {folder.name}: use fewer frames or steps, or float16, or start "
-        "ComfyUI with this folder on a larger disk (--output-directory, --temp-directory)",
+        f"at most the {free / 1e9:.2f} GB free in {folder.name}{kept if removable else ''}: use fewer frames or steps, "
+        "or float16, or start ComfyUI with this folder on a larger disk (--output-directory, --temp-directory)",
     )
 
 
@@ -108,9 +115,10 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
         text.put("resume", run.note)
     left = 0 if run.finished else max(0, size_bytes - run.size())
     with run.closed_on_error():
-        remove_old_runs(folder, left)
+        removable = remove_old_runs(folder, left)
         if left:
-            require_room(kind, left, folder, where, text, "latent" if kind == "inversion" else "trajectory")
+            what = "latent" if kind == "inversion" else "trajectory"
+            require_room(kind, left, folder, where, text, what, removable)
     return run
 
 

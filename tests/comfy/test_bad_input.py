@@ -3,9 +3,12 @@
 import pytest
 import torch
 from adaflow_pack.adaflow.errors import InputError
+from adaflow_pack.adaflow.runs import open_run
+from adaflow_pack.adaflow.storage import save_tensor
 from adaflow_pack.nodes.descriptors import AdaFlowExtractDescriptors
 from adaflow_pack.nodes.encode_video import AdaFlowEncodeVideo
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
+from adaflow_pack.nodes.patching.preview import NodeText
 from adaflow_pack.nodes.save_video import AdaFlowSaveVideo
 from adaflow_pack.nodes.slim import AdaFlowSlimAttention
 from graph import Graph, plain_euler, select
@@ -177,10 +180,17 @@ def test_a_block_number_the_model_has_not(sdxl):
 
 
 def test_no_room_on_the_disk(graph, monkeypatch, comfy_folders):
-    """The size is known before work starts."""
+    """The size is known before work starts, and what removing older runs could free."""
     from adaflow_pack.nodes import common
 
+    older = open_run(comfy_folders / "output" / "adaflow_runs", "edit", {"older": True})
+    save_tensor(older.path("x"), torch.zeros(10), torch.float32)
+    older.commit(["x"], [])
+    older.close()
     monkeypatch.setattr(common.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with refuses("AdaFlowDDIMInvert", "latent", "10.00 GB of disk", "0.00 GB free", "older runs, which were kept"):
+        common.resumable_run("inversion", {}, 10**10, "AdaFlowDDIMInvert", "resume", NodeText("AdaFlowDDIMInvert"))
+    assert older.path("x").exists()
     with refuses("AdaFlowDDIMInvert", "latent", "GB of disk", "fewer frames or steps"):
         AdaFlowDDIMInvert.execute(graph.model, graph.source, {"samples": graph.latent}, 2)
     assert not list(comfy_folders.rglob("*.partial"))

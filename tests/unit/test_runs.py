@@ -232,11 +232,37 @@ def test_runs_go_by_size_the_longest_unused_first_and_make_room(tmp_path, monkey
     run = open_run(tmp_path, "edit", {"number": 0})  # used again: now the youngest, and in use
     remove_old_runs(tmp_path, max_bytes=65_000, max_age=1e9)
     assert [folder.exists() for folder in folders] == [True, False, True, True]
-    remove_old_runs(tmp_path, needed=20_000, max_bytes=65_000, max_age=1e9)
-    assert [folder.exists() for folder in folders] == [True, False, False, True]
+    remove_old_runs(tmp_path, needed=10**9, max_bytes=65_000, max_age=1e9)  # what is to come has room on the disk
+    assert [folder.exists() for folder in folders] == [True, False, True, True]
     run.close()
-    remove_old_runs(tmp_path, needed=10**12 + 1, max_age=1e9)  # more than the disk has free
+    used = time.time() - 5000
+    os.utime(run.path(MANIFEST), (used, used))
+    assert remove_old_runs(tmp_path, needed=10**12 + 1, max_age=1e9) == 0  # more than the disk has free
+    assert [folder.exists() for folder in folders] == [False, False, True, True]  # one was enough
+    assert remove_old_runs(tmp_path, needed=10**12 + 30_000, max_age=1e9) == 0
     assert names(tmp_path) == ["lock"]
+
+
+def test_what_cannot_be_made_room_for_costs_no_run(tmp_path, monkeypatch):
+    folders = aged(tmp_path, [20, 20, 20], monkeypatch)
+    run = open_run(tmp_path, "edit", {"number": 1})
+    removable = sum(path.stat().st_size for folder in (folders[0], folders[2]) for path in folder.iterdir())
+    assert remove_old_runs(tmp_path, 10**12 + removable + 1, max_bytes=1000, max_age=-1.0) == removable
+    assert all(folder.exists() for folder in folders)
+    assert remove_old_runs(tmp_path, 10**12 + removable, max_age=1e9) == 0
+    assert [folder.exists() for folder in folders] == [False, True, False]
+    run.close()
+
+
+def test_a_run_larger_than_all_may_take_does_not_remove_the_others(tmp_path, monkeypatch):
+    folders = aged(tmp_path, [20, 90, 20, 20], monkeypatch)
+    for use in (True, False):
+        run = open_run(tmp_path, "edit", {"number": 1}) if use else None
+        remove_old_runs(tmp_path, max_bytes=65_000, max_age=1e9)
+        assert all(folder.exists() for folder in folders)
+        del run
+    remove_old_runs(tmp_path, max_bytes=45_000, max_age=1e9)
+    assert [folder.exists() for folder in folders] == [False, True, True, True]
 
 
 def test_nothing_else_in_the_folder_is_touched(tmp_path):
