@@ -14,7 +14,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -234,15 +234,15 @@ def remove_old_runs(root: Path, needed: int = 0, max_bytes: int = MAX_BYTES, max
         return 0
     with FileLock(root / LOCK):
         found = [path for path in root.iterdir() if _FOLDER.fullmatch(path.name) and not path.is_symlink()]
-        used = {folder: _last_use(folder) for folder in found}
-        sizes = {folder: _size(folder) for folder in found}
+        used = {folder: when for folder in found if (when := _last_use(folder)) is not None}
+        sizes = {folder: _size(folder) for folder in used}
         free = shutil.disk_usage(root).free
         if needed > free:
             removable = sum(size for folder, size in sizes.items() if _is_unused(folder))
             if needed > free + removable:
                 return removable
         total = sum(size for size in sizes.values() if size <= max_bytes)
-        for folder in sorted(found, key=used.get):
+        for folder in sorted(used, key=used.get):
             size = sizes[folder]
             expired, counted = time.time() - used[folder] > max_age, size <= max_bytes
             if (expired or needed > free or (counted and total > max_bytes)) and _remove(folder):
@@ -270,10 +270,19 @@ def _remove(folder: Path) -> bool:
     return True
 
 
-def _last_use(folder: Path) -> float:
-    manifest = folder / MANIFEST
-    return (manifest if manifest.exists() else folder).stat().st_mtime
+def _last_use(folder: Path) -> float | None:
+    """When a run was used last, in seconds since the epoch; None where it is gone meanwhile."""
+    for path in (folder / MANIFEST, folder):
+        with suppress(FileNotFoundError):
+            return path.stat().st_mtime
+    return None
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+    """Bytes of a folder's files; what its owner renames or removes meanwhile does not count."""
+    total = 0
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+    return total

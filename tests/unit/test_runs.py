@@ -265,6 +265,20 @@ def test_a_run_larger_than_all_may_take_does_not_remove_the_others(tmp_path, mon
     assert [folder.exists() for folder in folders] == [False, True, True, True]
 
 
+def test_what_other_processes_remove_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    """A folder is listed, and before its files are looked at their owner renames one or removes all."""
+    folder, _ = begun(tmp_path)
+    size, listed = Run(folder, ME, None).size(), type(tmp_path).iterdir
+    gone = {tmp_path: f"edit-{'0' * 16}", folder: "4.safetensors.partial"}
+    monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: [*listed(self), self / gone[self]])
+    assert Run(folder, ME, None).size() == size
+    remove_old_runs(tmp_path, max_bytes=size, max_age=1e9)
+    assert folder.exists()
+    remove_old_runs(tmp_path, max_age=-1.0)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["lock"]
+
+
 def test_nothing_else_in_the_folder_is_touched(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").mkdir()
