@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -62,6 +62,11 @@ class Run:
         return self.progress.get("finished", False)
 
     @property
+    def closed(self) -> bool:
+        """Whether others may use or remove the folder."""
+        return not self._lock.is_locked
+
+    @property
     def key(self) -> str:
         """Names the result: equal for equal identities."""
         return digest(self.identity)
@@ -80,15 +85,18 @@ class Run:
         for name in dropped:
             self.path(name).unlink(missing_ok=True)
 
-    def checked(self, name: str) -> Path:
+    def checked(self, name: str, between: Callable[[], None] = lambda: None) -> Path:
         """Path of a file that counts, to read it. Where it was touched since the last time, its checksum is taken anew.
+
+        Args:
+            between: called now and then meanwhile; may raise.
 
         Raises:
             DamagedRunError: it is gone, or its checksum is another.
         """
         try:
             mark = self._mark(name)
-            whole = mark == self._marks.get(name) or checksum(self.path(name)) == self._files.get(name)
+            whole = mark == self._marks.get(name) or checksum(self.path(name), between) == self._files.get(name)
         except FileNotFoundError:
             whole = False
         if not whole:
@@ -131,15 +139,31 @@ class Run:
             self.close()
             raise
 
-    def take_up(self) -> None:
+    def take_up(self, between: Callable[[], None] = lambda: None) -> None:
         """Read the manifest and check every file it names.
+
+        Args:
+            between: called now and then meanwhile; may raise.
 
         Raises:
             ValueError: the state cannot be used; says why.
         """
+        manifest = self._manifest()
+        if manifest is None:
+            return
+        for name, expected in manifest["files"].items():
+            if not self.path(name).is_file() or checksum(self.path(name), between) != expected:
+                raise ValueError(f"{name} is missing or damaged")
+        self._files, self.progress = manifest["files"], manifest["progress"]
+        self._marks = {name: self._mark(name) for name in self._files}
+        self._remove_strays()
+        os.utime(self.path(MANIFEST))  # used just now, so not old
+
+    def _manifest(self) -> dict | None:
+        """What the last commit noted; None where there was none yet. Raises ValueError as :meth:`take_up`."""
         path = self.path(MANIFEST)
         if not path.exists():
-            return
+            return None
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             expected, form = manifest.pop("checksum", None), manifest.get("format")
@@ -151,21 +175,24 @@ class Run:
             raise ValueError("its manifest is damaged")
         if manifest["identity"] != self.identity:
             raise ValueError("it was made from other inputs")
-        for name, expected in manifest["files"].items():
-            if not self.path(name).is_file() or checksum(self.path(name)) != expected:
-                raise ValueError(f"{name} is missing or damaged")
-        self._files, self.progress = manifest["files"], manifest["progress"]
-        self._marks = {name: self._mark(name) for name in self._files}
-        self._remove_strays()
-        os.utime(path)  # used just now, so not old
+        return manifest
 
-    def is_sound(self) -> bool:
-        """Whether all that was committed still stands on the disk as it was."""
+    def is_sound(self, between: Callable[[], None] = lambda: None) -> bool:
+        """Whether all that was committed still stands on the disk as it was; only what was touched since is read.
+
+        Args:
+            between: called now and then meanwhile; may raise.
+        """
         try:
-            self.take_up()
-        except ValueError:
+            manifest = self._manifest()
+            if manifest is None or manifest["files"] != self._files:
+                return False
+            for name in self._files:
+                self.checked(name, between)
+        except (ValueError, DamagedRunError):
             return False
-        return self.path(MANIFEST).exists()
+        os.utime(self.path(MANIFEST))  # used just now, so not old
+        return True
 
     def clear(self) -> None:
         """Remove all that the run has done."""
@@ -179,7 +206,9 @@ class Run:
                 path.unlink()
 
 
-def open_run(root: Path, kind: str, identity: dict, afresh: bool = False) -> Run:
+def open_run(
+    root: Path, kind: str, identity: dict, afresh: bool = False, between: Callable[[], None] = lambda: None
+) -> Run:
     """Open the run of ``identity`` below ``root``, begun or new, and lock it against every other process.
 
     Where that folder is in use, by this process or another, the run gets one of its own and begins anew; a finished run
@@ -189,11 +218,15 @@ def open_run(root: Path, kind: str, identity: dict, afresh: bool = False) -> Run
         kind: letters, the first part of the folder's name.
         identity: what the result depends on, as JSON holds it.
         afresh: forget what was done.
+        between: called now and then while files are checked, which may take minutes; may raise.
     """
     root.mkdir(parents=True, exist_ok=True)
     identity = json.loads(json.dumps(identity))
     name = f"{kind}-{digest(identity)}"
-    with FileLock(root / LOCK):
+    for shared in [] if afresh else _finished_here(root, name):
+        if shared.is_sound(between):
+            return shared
+    with FileLock(root / LOCK):  # held for moments only: every other server waits for it
         for number in itertools.count():
             folder = root / (f"{name}-{number}" if number else name)
             folder.mkdir(exist_ok=True)
@@ -202,19 +235,24 @@ def open_run(root: Path, kind: str, identity: dict, afresh: bool = False) -> Run
                 lock.acquire(blocking=False)
                 break
             except Timeout:
-                same = _open_here.get(folder)
-                if same is not None and same.finished and not afresh and same.is_sound():
-                    return same
+                continue
     run = _open_here[folder] = Run(folder, identity, lock)
-    if afresh:
-        run.clear()
-    else:
+    with run.closed_on_error():
+        if afresh:
+            run.clear()
+            return run
         try:
-            run.take_up()
+            run.take_up(between)
         except ValueError as error:
             run.clear()
             run.note = f"an earlier run was found, but {error}: begins afresh"
     return run
+
+
+def _finished_here(root: Path, name: str) -> list[Run]:
+    """Finished runs of one identity that this process has open and locked."""
+    of_name = [run for folder, run in _open_here.items() if folder.parent == root and folder.name.startswith(name)]
+    return [run for run in of_name if run.finished and not run.closed]
 
 
 def remove_old_runs(root: Path, needed: int = 0, max_bytes: int = MAX_BYTES, max_age: float = MAX_AGE) -> int:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +45,12 @@ def write_text_durably(path: Path, text: str) -> None:
     replace_durably(partial, path)
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+def checksum(path: Path, between: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file, read in pieces of 1 MiB; ``between`` is called before each and may raise."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
+            between()
             digest.update(piece)
     return digest.hexdigest()
 

@@ -9,9 +9,12 @@ import comfy.model_management
 import pytest
 import torch
 from adaflow_pack.adaflow.errors import InputError
-from adaflow_pack.adaflow.runs import remove_old_runs
+from adaflow_pack.adaflow.runs import open_run, remove_old_runs
+from adaflow_pack.adaflow.storage import save_tensor
+from adaflow_pack.nodes.common import resumable_run
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.patching.fingerprint import model_fingerprint
+from adaflow_pack.nodes.patching.preview import NodeText
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from broken_runs import ENDS, Boom, boom, forwards
 from graph import AFRESH, Graph, select
@@ -78,6 +81,19 @@ def test_a_finished_inversion_is_read_and_a_switch_does_it_again(graph):
         assert not calls
         assert same(invert(graph, AFRESH), whole)
         assert len(calls) == STEPS * PER_STEP
+
+
+def test_cancel_stops_the_check_of_an_earlier_run(comfy_folders):
+    folder = comfy_folders / "output" / "adaflow_runs"
+    run = open_run(folder, "edit", {})
+    save_tensor(run.path("x"), torch.zeros(10), torch.float32)
+    run.commit(["x"], [], step=1)
+    run.close()
+    arguments = ("edit", {}, 0, "AdaFlowTokenPropagate", "resume", NodeText("AdaFlowTokenPropagate"))
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        resumable_run(*arguments)
+    assert resumable_run(*arguments).progress == {"step": 1}
 
 
 def lora(model, strength):

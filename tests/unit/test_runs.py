@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 from adaflow_pack.adaflow import runs, storage
-from adaflow_pack.adaflow.runs import FORMAT, MANIFEST, DamagedRunError, Run, open_run, remove_old_runs
+from adaflow_pack.adaflow.runs import FORMAT, LOCK, MANIFEST, DamagedRunError, Run, open_run, remove_old_runs
 from adaflow_pack.adaflow.storage import SafetensorsReader, SafetensorsWriter, save_tensor
+from filelock import FileLock
 
 ME = {"steps": 3, "sigma": 0.1 + 0.2}
 
@@ -190,6 +191,48 @@ def test_a_finished_run_is_shared_in_its_process_while_it_is_sound(tmp_path):
     flip(run.path("1.safetensors"))
     other = open_run(tmp_path, "edit", ME)
     assert other is not run and other.progress == {} and run.path("1.safetensors").exists()
+
+
+def test_other_servers_need_not_wait_while_files_are_checked(tmp_path, monkeypatch):
+    """The lock of the whole folder is free whenever a file is read, whether the run is taken up or shared."""
+    begun(tmp_path)
+    read, sums = [], storage.checksum
+
+    def checksum(path, *args):
+        with FileLock(tmp_path / LOCK, timeout=0):
+            read.append(path.name)
+        return sums(path, *args)
+
+    monkeypatch.setattr(runs, "checksum", checksum)
+    run = open_run(tmp_path, "edit", ME)
+    assert read == ["2.safetensors", "3.safetensors"]
+    run.commit([], [], step=3, finished=True)
+    assert open_run(tmp_path, "edit", ME) is run
+    assert read == ["2.safetensors", "3.safetensors"]  # nobody touched them, so they are not read again
+    os.utime(run.path("3.safetensors"), (1, 1))
+    assert open_run(tmp_path, "edit", ME) is run
+    assert read == ["2.safetensors", "3.safetensors", "3.safetensors"]
+
+
+def test_the_check_of_a_run_can_be_cancelled(tmp_path):
+    folder, _ = begun(tmp_path)
+    asked = []
+
+    def cancel():
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        open_run(tmp_path, "edit", ME, between=cancel)
+    run = open_run(tmp_path, "edit", ME)
+    assert run.folder == folder and run.progress == {"step": 3}, caught
+    run.commit([], [], step=3, finished=True)
+    os.utime(run.path("2.safetensors"), (1, 1))
+    del asked[1:]
+    with pytest.raises(KeyboardInterrupt):
+        open_run(tmp_path, "edit", ME, between=cancel)
+    assert open_run(tmp_path, "edit", ME) is run
 
 
 def test_a_file_touched_by_others_is_noticed_when_it_is_read(tmp_path):
