@@ -53,6 +53,7 @@ class Run:
         self.folder, self.identity, self._lock = folder, identity, lock
         self._files: dict[str, str] = {}
         self._marks: dict[str, tuple] = {}
+        self._commits = 0
         self.progress: dict = {}
         self.note = ""
 
@@ -78,9 +79,10 @@ class Run:
         """Note that the files ``added`` are whole, ``dropped`` are needed no more, and how far the run is."""
         files = {name: value for name, value in self._files.items() if name not in dropped}
         files |= {name: checksum(self.path(name)) for name in added}
-        manifest = {"format": FORMAT, "identity": self.identity, "files": files, "progress": progress}
+        state = {"files": files, "progress": progress, "commits": self._commits + 1}
+        manifest = {"format": FORMAT, "identity": self.identity, **state}
         write_text_durably(self.path(MANIFEST), json.dumps({**manifest, "checksum": digest(manifest)}, indent=1))
-        self._files, self.progress = files, progress
+        self._files, self.progress, self._commits = files, progress, self._commits + 1
         self._marks |= {name: self._mark(name) for name in added}
         for name in dropped:
             self.path(name).unlink(missing_ok=True)
@@ -155,6 +157,7 @@ class Run:
             if not self.path(name).is_file() or checksum(self.path(name), between) != expected:
                 raise ValueError(f"{name} is missing or damaged")
         self._files, self.progress = manifest["files"], manifest["progress"]
+        self._commits = manifest.get("commits", 0)  # runs of earlier versions did not count
         self._marks = {name: self._mark(name) for name in self._files}
         self._remove_strays()
         os.utime(self.path(MANIFEST))  # used just now, so not old
@@ -177,6 +180,20 @@ class Run:
             raise ValueError("it was made from other inputs")
         return manifest
 
+    def reached(self) -> tuple:
+        """Of two runs of one identity that were not taken up yet, the one for which this is more is to be preferred.
+
+        A damaged manifest comes before none: it is worth a word, and the folder is cleared.
+        """
+        try:
+            manifest = self._manifest()
+        except ValueError:
+            return (1,)
+        if manifest is None:
+            return (0,)
+        finished, used = manifest["progress"].get("finished", False), self.path(MANIFEST).stat().st_mtime
+        return 2, finished, manifest.get("commits", 0), used
+
     def is_sound(self, between: Callable[[], None] = lambda: None) -> bool:
         """Whether all that was committed still stands on the disk as it was; only what was touched since is read.
 
@@ -196,7 +213,7 @@ class Run:
 
     def clear(self) -> None:
         """Remove all that the run has done."""
-        self._files, self._marks, self.progress = {}, {}, {}
+        self._files, self._marks, self.progress, self._commits = {}, {}, {}, 0
         self.path(MANIFEST).unlink(missing_ok=True)
         self._remove_strays()
 
@@ -211,13 +228,14 @@ def open_run(
 ) -> Run:
     """Open the run of ``identity`` below ``root``, begun or new, and lock it against every other process.
 
-    Where that folder is in use, by this process or another, the run gets one of its own and begins anew; a finished run
-    that this process has open is given again.
+    A finished run that this process has open is given again. Else, of the folders of this identity that nobody uses,
+    the one whose run got furthest is taken up, or if it is damaged cleared and the next one taken; where all are in use
+    the run gets one of its own and begins anew.
 
     Args:
         kind: letters, the first part of the folder's name.
         identity: what the result depends on, as JSON holds it.
-        afresh: forget what was done.
+        afresh: forget what was done, in every folder that nobody uses.
         between: called now and then while files are checked, which may take minutes; may raise.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -226,27 +244,56 @@ def open_run(
     for shared in [] if afresh else _finished_here(root, name):
         if shared.is_sound(between):
             return shared
-    with FileLock(root / LOCK):  # held for moments only: every other server waits for it
-        for number in itertools.count():
-            folder = root / (f"{name}-{number}" if number else name)
-            folder.mkdir(exist_ok=True)
-            lock = FileLock(folder / LOCK, thread_local=False)
+    damage = ""
+    while True:
+        run = _lock_furthest(root, name, identity, afresh)
+        with run.closed_on_error():
             try:
-                lock.acquire(blocking=False)
+                run.take_up(between)
                 break
-            except Timeout:
-                continue
-    run = _open_here[folder] = Run(folder, identity, lock)
-    with run.closed_on_error():
-        if afresh:
-            run.clear()
-            return run
-        try:
-            run.take_up(between)
-        except ValueError as error:
-            run.clear()
-            run.note = f"an earlier run was found, but {error}: begins afresh"
+            except ValueError as error:
+                damage = damage or str(error)
+                run.clear()
+        run.close()
+    if damage:
+        then = "goes on with another one" if run.progress else "begins afresh"
+        run.note = f"an earlier run was found, but {damage}: {then}"
+    _open_here[run.folder] = run
     return run
+
+
+def _lock_furthest(root: Path, name: str, identity: dict, clear: bool) -> Run:
+    """The run that got furthest of those of a name that nobody uses; a new one where there is none.
+
+    Args:
+        clear: remove what all of them have done.
+    """
+    with FileLock(root / LOCK):  # held for moments only: every other server waits for it
+        numbered = ((path, re.fullmatch(rf"{name}(?:-(\d+))?", path.name)) for path in root.iterdir())
+        folders = {int(match[1] or 0): path for path, match in numbered if match}
+        runs = [run for _, folder in sorted(folders.items()) if (run := _lock_unused(folder, identity))]
+        if not runs:
+            number = next(number for number in itertools.count() if number not in folders)
+            folder = root / (f"{name}-{number}" if number else name)
+            folder.mkdir()
+            runs = [_lock_unused(folder, identity)]
+        for run in runs if clear else ():
+            run.clear()
+        furthest = max(runs, key=Run.reached)
+        for run in runs:
+            if run is not furthest:
+                run.close()
+    return furthest
+
+
+def _lock_unused(folder: Path, identity: dict) -> Run | None:
+    """A run that stands in a folder, locked; None where it is in use."""
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return None
+    return Run(folder, identity, lock)
 
 
 def _finished_here(root: Path, name: str) -> list[Run]:
@@ -291,13 +338,10 @@ def remove_old_runs(root: Path, needed: int = 0, max_bytes: int = MAX_BYTES, max
 
 def _is_unused(folder: Path) -> bool:
     """Whether nobody has a run's folder locked; it stays so while the root's lock is held."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
-    lock.release()
-    return True
+    run = _lock_unused(folder, {})
+    if run is not None:
+        run.close()
+    return run is not None
 
 
 def _remove(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -160,6 +161,51 @@ def test_a_run_in_use_is_left_alone_until_its_process_is_gone(tmp_path, other_pr
     assert open_run(tmp_path, "edit", ME).progress == {"step": 3}
     remove_old_runs(tmp_path, max_bytes=0, max_age=-1.0)
     assert names(tmp_path) == [run.folder.name, "lock"]
+
+
+def siblings(root, *steps):
+    """Folders of the run of ``ME``, each with so many steps done; the first is the base folder."""
+    opened = [open_run(root, "edit", ME) for _ in steps]
+    for run, count in zip(opened, steps, strict=True):
+        for number in range(1, count + 1):
+            step(run, number, torch.randn(5))
+        run.close()
+    return [run.folder for run in opened]
+
+
+def opened(root, **options):
+    """Folder, progress and note of the run of ``ME``, opened once more."""
+    run = open_run(root, "edit", ME, **options)
+    return run.folder, run.progress, run.note
+
+
+def test_of_the_folders_of_a_run_the_furthest_is_taken(tmp_path):
+    base, far, middle = siblings(tmp_path, 1, 9, 3)
+    assert opened(tmp_path) == (far, {"step": 9}, "")
+    run = open_run(tmp_path, "edit", ME)
+    assert opened(tmp_path) == (middle, {"step": 3}, "")  # while that one is in use
+    run.close()
+    run = Run(base, json.loads(json.dumps(ME)), FileLock(base / LOCK))
+    run.commit([], [], finished=True)
+    assert opened(tmp_path) == (base, {"finished": True}, "")
+    shutil.rmtree(base)
+    assert opened(tmp_path) == (far, {"step": 9}, "")
+    assert opened(tmp_path, afresh=True)[1:] == ({}, "")
+    assert opened(tmp_path) == (far, {}, "")  # nothing of it comes back
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_whole_run_beside_a_damaged_one_is_taken(tmp_path, damage):
+    base, whole, empty = siblings(tmp_path, 3, 2, 0)
+    do, why = DAMAGE[damage]
+    do(base)
+    folder, progress, note = opened(tmp_path)
+    assert folder == whole and progress == {"step": 2}
+    assert not note or (why in note and "goes on with another one" in note)
+    (whole / MANIFEST).write_text("{}")
+    _, progress, note = opened(tmp_path)
+    assert progress == {} and "begins afresh" in note
+    assert opened(tmp_path)[1:] == ({}, "") and empty.exists()
 
 
 def test_a_run_is_free_when_its_owner_is_dropped_or_closed(tmp_path):
