@@ -19,7 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .storage import checksum, write_text_durably
+from .storage import checksum, sync_folder, write_text_durably
 
 logger = logging.getLogger(__name__)
 FORMAT = "adaflow-run-1"
@@ -220,7 +220,10 @@ class Run:
     def _remove_strays(self) -> None:
         for path in self.folder.iterdir():
             if path.name not in (MANIFEST, LOCK, *self._files):
-                path.unlink()
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
 
 def open_run(
@@ -238,7 +241,9 @@ def open_run(
         afresh: forget what was done, in every folder that nobody uses.
         between: called now and then while files are checked, which may take minutes; may raise.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    if not root.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        sync_folder(root.parent)
     identity = json.loads(json.dumps(identity))
     name = f"{kind}-{digest(identity)}"
     for shared in [] if afresh else _finished_here(root, name):
@@ -276,6 +281,7 @@ def _lock_furthest(root: Path, name: str, identity: dict, clear: bool) -> Run:
             number = next(number for number in itertools.count() if number not in folders)
             folder = root / (f"{name}-{number}" if number else name)
             folder.mkdir()
+            sync_folder(root)  # else the folder could be lost with all that is synced in it
             runs = [_lock_unused(folder, identity)]
         for run in runs if clear else ():
             run.clear()

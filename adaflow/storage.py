@@ -27,8 +27,13 @@ _CODES = {
 def replace_durably(partial: Path, path: Path) -> None:
     """Rename ``partial``, which is on the disk already, so that the name survives a power loss."""
     partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring to the disk which names stand in a folder."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -29,7 +29,7 @@ def begun(root, steps=3, identity=ME):
         values = torch.randn(5, 7)
         step(run, number, values)
     run.close()
-    return run.folder, values
+    return run.folder, values if steps else None
 
 
 def names(folder):
@@ -103,8 +103,24 @@ def test_strays_of_a_broken_step_are_removed(tmp_path):
     folder, _ = begun(tmp_path)
     for name in ("4.safetensors", "5.safetensors.partial", MANIFEST + ".partial"):
         (folder / name).write_bytes(b"half")
+    elsewhere = tmp_path / "elsewhere"
+    for place in (elsewhere, folder / "4.safetensors.d", folder / "3.copy"):
+        place.mkdir()
+        (place / "file").write_text("x")
+    (folder / "link").symlink_to(elsewhere)
     assert open_run(tmp_path, "edit", ME).progress == {"step": 3}
     assert names(folder) == ["2.safetensors", "3.safetensors", "lock", MANIFEST]
+    assert names(elsewhere) == ["file"]
+
+
+def test_the_folders_of_a_run_reach_the_disk_before_it_is_given(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
+    root = tmp_path / "runs"
+    begun(root, steps=0)
+    assert synced == [tmp_path.stat().st_ino, root.stat().st_ino]
+    begun(root, steps=0)
+    assert len(synced) == 2  # nothing new
 
 
 def test_files_reach_the_disk_before_their_names_and_the_manifest_last(tmp_path, monkeypatch):
