@@ -33,8 +33,9 @@ _OWN_STATE = (types.ModuleType, torch.device, uuid.UUID)
 def fingerprint(value: object) -> str:
     """Hash of plain data, tensors, CONDITIONING, MODELs and whatever patches they carry.
 
-    Functions count by name, code and what they close over, objects by class and attributes. An object that cannot be
-    looked into makes the hash another one each time, so that what depends on it is never taken for the same.
+    Functions count by name, code and what they close over, objects by class, the code of its methods, and attributes.
+    What a function calls counts by name only. An object that cannot be looked into makes the hash another one each time,
+    so that what depends on it is never taken for the same.
     """
     hasher = _Hasher()
     try:
@@ -61,10 +62,22 @@ def vae_fingerprint(vae) -> str:
     return fingerprint([model, dtype, torch.__version__, device])
 
 
+def _constant(value: object) -> str:
+    """A constant of compiled code as text, the same in every process; code by what it does and the names it uses."""
+    if isinstance(value, types.CodeType):
+        names = (value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
+        return f"code({value.co_code.hex()}, {names}, {_constant(value.co_consts)})"
+    if isinstance(value, (tuple, frozenset)):
+        parts = [_constant(part) for part in value]
+        return f"{type(value).__name__}({', '.join(sorted(parts) if isinstance(value, frozenset) else parts)})"
+    return repr(value)
+
+
 class _Hasher:
     def __init__(self):
         self.digest = hashlib.sha256()
         self._seen: dict[int, int] = {}
+        self._classes: set[type] = set()
         self._alive: list[object] = []  # so that no id is used twice
 
     def add(self, value: object, sampled: bool = False) -> None:
@@ -104,25 +117,40 @@ class _Hasher:
             self._items("method", enumerate((value.__func__, value.__self__)), sampled)
         elif isinstance(value, types.FunctionType):
             closed = [cell.cell_contents for cell in value.__closure__ or ()]
-            code = value.__code__
-            plain = [constant for constant in code.co_consts if isinstance(constant, _PLAIN)]
-            self._text("function", value.__module__, value.__qualname__, code.co_code.hex(), repr(plain))
+            self._text("function", value.__module__, value.__qualname__, _constant(value.__code__))
             self._items("constants", enumerate((closed, value.__defaults__, value.__kwdefaults__)), sampled)
         elif isinstance(value, (Trajectory, Descriptors, EditPlan)):
             self._items("ours", self._own(value).items(), sampled)
         elif isinstance(value, ModelPatcher):
             self._model(value)
         elif isinstance(value, nn.Module):
+            self._methods(type(value))
             self._items("module", value.state_dict().items(), sampled=True)
         elif isinstance(value, ControlBase):
+            self._methods(type(value))
             parts = {key: part for key, part in vars(value).items() if key not in _CONTROL_STATE}
             self._items("control", sorted(parts.items()), sampled)
         elif hasattr(value, "__dict__"):
+            self._methods(type(value))
             self._items("attributes", sorted(vars(value).items()), sampled)
         elif isinstance(value, (types.BuiltinFunctionType, np.ufunc)):
             self._text("builtin", value.__name__)
         else:
             raise TypeError(f"a {type(value).__name__} cannot be compared from run to run")
+
+    def _methods(self, kind: type) -> None:
+        """The code of a class and of those it is derived from, once."""
+        if kind in self._classes:
+            return
+        self._classes.add(kind)
+        for base in kind.__mro__:
+            for name, member in sorted(vars(base).items()):
+                if isinstance(member, property):
+                    member = member.fget
+                elif isinstance(member, (staticmethod, classmethod)):
+                    member = member.__func__
+                if isinstance(member, types.FunctionType):
+                    self._text("method", name, _constant(member.__code__))
 
     @staticmethod
     def _own(value) -> dict:

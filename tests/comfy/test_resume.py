@@ -13,7 +13,7 @@ from adaflow_pack.adaflow.runs import open_run, remove_old_runs
 from adaflow_pack.adaflow.storage import save_tensor
 from adaflow_pack.nodes.common import resumable_run
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
-from adaflow_pack.nodes.patching.fingerprint import model_fingerprint
+from adaflow_pack.nodes.patching.fingerprint import fingerprint, model_fingerprint
 from adaflow_pack.nodes.patching.preview import NodeText
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from broken_runs import ENDS, Boom, boom, forwards
@@ -156,6 +156,42 @@ def test_a_patched_model_is_the_same_one_tomorrow(graph, strength):
     comfy.model_management.load_models_gpu([again])
     assert model_fingerprint(again) == first
     assert len({first, *(model_fingerprint(lora(with_patch(graph.model, strength), s)) for s in (0.49, 0.51))}) == 3
+
+
+def patch_of(source):
+    """The function ``patch`` of a pack's file, as it is when the pack is loaded."""
+    names = {"__name__": "pack", "torch": torch}
+    exec(source, names)
+    return names["patch"]
+
+
+WRITTEN = [
+    "def patch(x): return torch.sin(x)",
+    "def patch(x): return torch.cos(x)",
+    "def patch(x): return (lambda h: h * 2)(x)",
+    "def patch(x): return (lambda h: h * 3)(x)",
+    "def patch(x): return (lambda h: torch.sin(h))(x)",
+    "def patch(x): return (lambda h: torch.cos(h))(x)",
+    "def patch(x): return x.sum((0, 1))",
+    "def patch(x): return x.sum((0, 2))",
+    "def patch(x): return x in {1, 2}",
+    "def patch(x): return x in {1, 3}",
+    "def make(by):\n  return lambda x: x * by()\npatch = make(lambda: 2)",
+    "def make(by):\n  return lambda x: x * by()\npatch = make(lambda: 3)",
+    "class Patch:\n  def __call__(self, x): return self.act(x)\n  def act(self, x): return x * 2\npatch = Patch()",
+    "class Patch:\n  def __call__(self, x): return self.act(x)\n  def act(self, x): return x * 3\npatch = Patch()",
+    "class Patch:\n  @staticmethod\n  def act(x): return x * 2\nclass Own(Patch): pass\npatch = Own()",
+    "class Patch:\n  @staticmethod\n  def act(x): return x * 3\nclass Own(Patch): pass\npatch = Own()",
+    "class Patch(torch.nn.Module):\n  def forward(self, x): return x * 2\npatch = Patch()",
+    "class Patch(torch.nn.Module):\n  def forward(self, x): return x * 3\npatch = Patch()",
+]
+
+
+def test_a_pack_whose_code_changed_is_another_one():
+    prints = [fingerprint([patch_of(source)]) for source in WRITTEN]
+    assert len(set(prints)) == len(WRITTEN)
+    moved = [fingerprint([patch_of("\n\n" + source)]) for source in WRITTEN]  # other lines do nothing
+    assert moved == prints
 
 
 def propagate(edit, resume="resume"):
