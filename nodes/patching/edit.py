@@ -16,7 +16,7 @@ from .evaluator import EditSettings
 from .fingerprint import fingerprint, model_fingerprint
 from .patch import check_edit, chunk_of_run, deterministic_samplers, patch_edit, refuse_stochastic
 from .preview import NodeText, sampling_callback
-from .resume import checkpoint_bytes, finished_latent, resumable
+from .resume import checkpoint_bytes, finished_latent, is_resumable, resumable
 from .windows import slice_conditioning, take
 
 FORMAT = "adaflow-edit-1"
@@ -85,7 +85,7 @@ class Edit:
         }
 
     def checkpoint_bytes(self, frames: tuple[int, ...]) -> int:
-        """Bytes on disk that the run of :meth:`sample` takes."""
+        """The most bytes on disk that the run of :meth:`sample` takes."""
         return checkpoint_bytes(self._sampler, (len(frames), *self.trajectory.shape[1:]), self.steps)
 
     def sample(self, settings: EditSettings, where: str, frames: tuple[int, ...], run: Run, text: NodeText) -> Tensor:
@@ -100,6 +100,10 @@ class Edit:
         """
         if run.finished:  # nothing is needed for it but the disk
             return self.model.model.process_latent_out(finished_latent(run))
+        if not is_resumable(self._sampler, self.steps):
+            text.put(
+                "resume", f"an edit with {self._sampler} cannot be resumed: broken off, it starts from its first step"
+            )
         total, rows = self.trajectory.frames, list(frames)
         settings = replace(settings, chunk=settings.chunk or run.progress.get("chunk", 0))
         positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))

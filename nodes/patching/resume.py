@@ -4,6 +4,7 @@ A sampler whose step depends on the latent alone is started again from the laten
 of earlier steps is run again from its start, with the model's recorded predictions in place of the model.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 
@@ -17,17 +18,48 @@ from ...adaflow.trajectory import tensor_bytes
 
 logger = logging.getLogger(__name__)
 ONE_STEP = ("euler", "euler_cfg_pp")  # one call of the model a step, and nothing kept from one step to the next
+UNBOUNDED = ("dpm_adaptive",)  # calls the model as often as its error estimate asks for
+FILE_BYTES = 4096  # of a file beside its values: its header, its line in the manifest, what the disk rounds up to
 
 
-def is_resumable(sampler_name: str) -> bool:
+@functools.cache
+def calls_of(sampler_name: str, steps: int) -> int:
+    """How often a sampler calls the model, counted on a latent of one value; 0 where that cannot be told."""
+    calls = 0
+
+    def model(x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.zeros_like(x)
+
+    sampler, sigmas = comfy.samplers.sampler_object(sampler_name), torch.linspace(10.0, 0.0, steps + 1)
+    options = {"extra_args": {"seed": 0, "model_options": {}}, "callback": None, "disable": True}
+    try:
+        sampler.sampler_function(model, torch.zeros(1, 1, 1, 1), sigmas, **options, **sampler.extra_options)
+    except Exception as error:  # of another pack's sampler, that wants a true model
+        logger.info("AdaFlow: the calls of %s cannot be counted (%r)", sampler_name, error)
+        return 0
+    return calls
+
+
+def is_resumable(sampler_name: str, steps: int) -> bool:
     """Whether a sampler can go on: a CFG++ sampler with a memory looks into the model as it runs."""
-    return sampler_name in ONE_STEP or "cfg_pp" not in sampler_name
+    if sampler_name in ONE_STEP:
+        return True
+    return "cfg_pp" not in sampler_name and sampler_name not in UNBOUNDED and calls_of(sampler_name, steps) > 0
 
 
 def checkpoint_bytes(sampler_name: str, shape, steps: int) -> int:
-    """Bytes on disk of a run over latents of ``shape``: two latents, or a prediction for each step as well."""
-    kept = 2 if sampler_name in ONE_STEP or not is_resumable(sampler_name) else steps + 2
-    return kept * tensor_bytes(shape, torch.float32)
+    """The most bytes on disk of a run over latents of ``shape``.
+
+    Its result, and the latent of the last step or each prediction; the result alone where the sampler cannot go on.
+    """
+    kept = 1
+    if sampler_name in ONE_STEP:
+        kept = 2
+    elif is_resumable(sampler_name, steps):
+        kept = 1 + calls_of(sampler_name, steps)
+    return kept * (tensor_bytes(shape, torch.float32) + FILE_BYTES)
 
 
 def resumable(sampler_name: str, run: Run, chunk: Callable[[dict], int]) -> comfy.samplers.KSAMPLER:
@@ -48,10 +80,8 @@ def resumable(sampler_name: str, run: Run, chunk: Callable[[dict], int]) -> comf
             first = done
             x = _load(run, "latent").to(x) if done else x
             model = _LatentLog(model, run, done, lambda: chunk(extra_args))
-        elif not is_resumable(sampler_name):
-            logger.info("AdaFlow: an edit with %s cannot be resumed: it starts afresh", sampler_name)
-        else:
-            model = _PredictionLog(model, run, sigmas, lambda: chunk(extra_args))
+        elif is_resumable(sampler_name, steps):
+            model = _PredictionLog(model, run, sigmas, lambda: chunk(extra_args), calls_of(sampler_name, steps))
 
         def shifted(state: dict) -> None:
             callback({**state, "i": state["i"] + first})
@@ -97,11 +127,15 @@ class _LatentLog:
 
 
 class _PredictionLog:
-    """Stands for the model: notes each prediction, and gives those that were noted in place of new ones."""
+    """Stands for the model: notes each prediction, and gives those that were noted in place of new ones.
 
-    def __init__(self, model, run: Run, sigmas: Tensor, chunk: Callable[[], int]):
+    Args:
+        most: predictions that are noted, so that the disk takes no more than was said; those after them are made again.
+    """
+
+    def __init__(self, model, run: Run, sigmas: Tensor, chunk: Callable[[], int], most: int):
         self.inner_model, self._model = model.inner_model, model
-        self._run, self._sigmas, self._chunk = run, sigmas, chunk
+        self._run, self._sigmas, self._chunk, self._most = run, sigmas, chunk, most
         self._call, self._recorded = 0, run.progress.get("prediction", 0)
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
@@ -109,6 +143,8 @@ class _PredictionLog:
         if self._call <= self._recorded:
             return _load(self._run, "prediction", self._call).to(x)
         out = self._model(x, sigma, **kwargs)
+        if self._call > self._most:
+            return out
         reached = int((self._sigmas[:-1] >= sigma[0] * (1 - 1e-4)).sum())
         step = min(reached, len(self._sigmas) - 2)  # the last one is done with the result alone
         _save(self._run, "prediction", self._call, out, [], step=step, chunk=self._chunk())

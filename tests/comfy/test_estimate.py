@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from adaflow_pack.adaflow import runs
 from adaflow_pack.adaflow.descriptors import layer_sizes
 from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.adaflow.estimate import edit_needs, inversion_needs
@@ -14,6 +15,8 @@ from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.patching import memory
 from adaflow_pack.nodes.patching.families import unet_family
 from adaflow_pack.nodes.patching.memory import unet_sizes
+from adaflow_pack.nodes.patching.patch import deterministic_samplers
+from adaflow_pack.nodes.patching.resume import FILE_BYTES, UNBOUNDED, checkpoint_bytes
 from adaflow_pack.nodes.patching.taps import self_attentions
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from broken_runs import forwards
@@ -87,6 +90,37 @@ def test_the_disk_takes_what_is_said(precision):
     said = trajectory_bytes(latent.shape, 4, dtype) + tensor_bytes(descriptors.shape, dtype)
     state = tensor_bytes(latent.shape, torch.float32)  # of a step before, gone when a step is whole
     assert trajectory.run.size() - 20_000 <= said - state <= trajectory.run.size()  # but for headers and the picture
+
+
+@pytest.fixture(scope="module")
+def edited():
+    with torch.inference_mode():
+        yield Graph("sd1", frames=6, steps=4)
+
+
+@pytest.mark.parametrize("sampler", [name for name in deterministic_samplers() if name not in UNBOUNDED])
+def test_an_edit_takes_no_more_disk_than_is_said(edited, sampler, monkeypatch):
+    """With every sampler, and no less than the tensors that are said to be kept."""
+    sizes, write = [], runs.write_text_durably
+
+    def measured(path, text):
+        write(path, text)
+        sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
+
+    _, edit = edited.joint(sampler=sampler)
+    monkeypatch.setattr(runs, "write_text_durably", measured)
+    AdaFlowTokenPropagate.execute(edit, False, 2, AFRESH)
+    said, latent = edit.checkpoint_bytes(tuple(range(6))), tensor_bytes(edited.latent.shape, torch.float32)
+    assert said % (latent + FILE_BYTES) == 0
+    assert said // (latent + FILE_BYTES) * latent <= max(sizes) <= said
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kept"),
+    [("euler", 2), ("dpmpp_2m", 51), ("heun", 100), ("dpm_2", 100), ("dpm_adaptive", 1)],
+)
+def test_what_an_edit_of_fifty_steps_keeps(sampler, kept):
+    assert checkpoint_bytes(sampler, (30, 4, 8, 8), 50) == kept * (30 * 4 * 8 * 8 * 4 + FILE_BYTES)
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 import gc
 import logging
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import comfy.model_management
+import comfy.samplers
 import pytest
 import torch
 from adaflow_pack.adaflow.errors import InputError
@@ -13,6 +15,7 @@ from adaflow_pack.adaflow.runs import open_run, remove_old_runs
 from adaflow_pack.adaflow.storage import save_tensor
 from adaflow_pack.nodes.common import resumable_run
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
+from adaflow_pack.nodes.patching import resume
 from adaflow_pack.nodes.patching.fingerprint import fingerprint, model_fingerprint
 from adaflow_pack.nodes.patching.preview import NodeText
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
@@ -223,12 +226,50 @@ def test_an_edit_goes_on_after_its_last_whole_step(graph, sampler, caplog):
 
 def test_a_sampler_that_cannot_go_on_starts_afresh_and_says_so(graph, caplog):
     _, edit = graph.joint(sampler="res_multistep_cfg_pp")
-    with pytest.raises(Boom), forwards(graph.model, 9, boom):
+    said = "AdaFlowTokenPropagate: an edit with res_multistep_cfg_pp cannot be resumed"
+    with pytest.raises(Boom), forwards(graph.model, 9, boom), caplog.at_level(logging.INFO):
         propagate(edit, AFRESH)
+    assert said in caplog.text  # before it is broken off
+    caplog.clear()
     with caplog.at_level(logging.INFO):
         resumed = propagate(edit)
-    assert "res_multistep_cfg_pp cannot be resumed" in caplog.text
+    assert said in caplog.text
     assert torch.equal(resumed, propagate(edit, AFRESH))
+
+
+def test_a_sampler_that_calls_the_model_as_often_as_it_likes_leaves_nothing_on_the_disk(graph, caplog, comfy_folders):
+    _, whole = graph.joint()
+    edit = replace(whole, sampler_name="dpm_adaptive")
+    before = set((comfy_folders / "output").rglob("*.safetensors"))
+    for resume_or_not in (AFRESH, "resume"):
+        with pytest.raises(Boom), forwards(graph.model, 20, boom), caplog.at_level(logging.INFO):
+            propagate(edit, resume_or_not)
+    assert caplog.text.count("an edit with dpm_adaptive cannot be resumed") == 2
+    assert "resumed after" not in caplog.text
+    assert set((comfy_folders / "output").rglob("*.safetensors")) == before
+
+
+def test_a_sampler_that_calls_more_often_than_was_counted_goes_on_with_what_was_noted(graph, monkeypatch):
+    """As another pack's may, that looks at the latent; the disk takes no more than was said."""
+    monkeypatch.setattr(resume, "calls_of", lambda *_: 3)
+    _, edit = graph.joint(sampler="heun")
+    whole = propagate(edit, AFRESH)
+    with forwards(graph.model) as calls:
+        propagate(edit, AFRESH)
+    at = len(calls)
+    with pytest.raises(Boom), forwards(graph.model, at, boom):
+        propagate(edit, AFRESH)
+    with forwards(graph.model) as calls:
+        assert torch.equal(propagate(edit), whole)
+    assert at / 4 < len(calls) < at
+
+
+def test_a_sampler_whose_calls_cannot_be_counted_cannot_go_on(monkeypatch):
+    def wants_a_true_model(model, *_, **__):
+        return model.inner_model.inner_model.model_sampling
+
+    monkeypatch.setattr(comfy.samplers, "sampler_object", lambda _: comfy.samplers.KSAMPLER(wants_a_true_model))
+    assert not resume.is_resumable("another pack's", STEPS)
 
 
 @pytest.mark.parametrize(
