@@ -14,6 +14,7 @@ from ...adaflow.runs import Run
 from ...adaflow.trajectory import Trajectory
 from .evaluator import EditSettings
 from .fingerprint import fingerprint, model_fingerprint
+from .memory import chunk_to_go_on_with
 from .patch import check_edit, chunk_of_run, deterministic_samplers, patch_edit, refuse_stochastic
 from .preview import NodeText, sampling_callback
 from .resume import checkpoint_bytes, finished_latent, is_resumable, resumable
@@ -105,7 +106,7 @@ class Edit:
                 "resume", f"an edit with {self._sampler} cannot be resumed: broken off, it starts from its first step"
             )
         total, rows = self.trajectory.frames, list(frames)
-        settings = replace(settings, chunk=settings.chunk or run.progress.get("chunk", 0))
+        settings = replace(settings, chunk=chunk_to_go_on_with(settings.chunk, run.progress.get("chunk", 0)))
         positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))
         patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows), text)
         sigmas = comfy.samplers.KSampler(

@@ -17,7 +17,7 @@ from ...adaflow.estimate import Pace, inversion_needs
 from ...adaflow.trajectory import TrajectoryWriter
 from .evaluator import auto_chunk, wait_for
 from .families import UNetFamily, unet_family
-from .memory import announce, halved, unet_sizes
+from .memory import announce, chunk_to_go_on_with, halved, unet_sizes
 from .patch import PRELOAD_FRAMES, add_wrappers, limit_memory_estimate
 from .preview import NodeText
 from .taps import StopForward, UNetCall, UNetPass, run_unet, tapped, with_pass
@@ -147,7 +147,7 @@ def invert(
         The noisiest latent as a LATENT that any ComfyUI sampler takes with its noise off.
     """
     last = trajectory.levels - 1
-    inference = ChunkedInference(unet_family(model_patcher, where), chunk or trajectory.chunk)
+    inference = ChunkedInference(unet_family(model_patcher, where), chunk_to_go_on_with(chunk, trajectory.chunk))
     if trajectory.level < last:
         inference.pace = Pace(last, lambda line: text.put("time", line))
         _announce(model_patcher, inference, latent, f"{last} steps", where, text)

@@ -90,6 +90,16 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def chunk_to_go_on_with(chosen: int, noted: int) -> int:
+    """Frames at once of a run that goes on: the fewer, since more than it noted may have run out of memory.
+
+    Args:
+        chosen: by the user; 0 for automatic.
+        noted: by the run before it was broken off; 0 where it begins.
+    """
+    return min(chosen, noted) or chosen or noted
+
+
 def halved(error: Exception, tried: int, doing: str, change: str, device: torch.device, divisible: bool = True) -> int:
     """Frames to go on with after ``error``, if that was lack of memory with ``tried`` frames at a time.
 

@@ -7,10 +7,13 @@ import comfy.model_management
 import pytest
 import torch
 from adaflow_pack.adaflow import keyframes
+from adaflow_pack.adaflow.runs import remove_old_runs
+from adaflow_pack.nodes.common import RESUME
 from adaflow_pack.nodes.descriptors import AdaFlowExtractDescriptors
 from adaflow_pack.nodes.encode_video import AdaFlowEncodeVideo
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.patching.memory import is_out_of_memory
+from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from adaflow_pack.nodes.save_video import AdaFlowSaveVideo
 from broken_runs import forwards
 from graph import AFRESH, Graph, select
@@ -121,28 +124,43 @@ def test_another_error_is_not_taken_for_lack_of_memory(graph):
         assert len(calls) == 1
 
 
-def test_the_size_that_fitted_is_kept_for_the_run_that_goes_on(graph):
-    """A run cancelled after it ran short of memory does not try the large chunk again."""
-    latent, unet = {"samples": clip_latent(FRAMES, seed=3)}, graph.model.model.diffusion_model
-    arguments = (graph.model, graph.source, latent, STEPS, "float32")
+def invert_on(graph, chunk):
+    latent = {"samples": clip_latent(FRAMES, seed=3)}
+    trajectory, _, noisiest = AdaFlowDDIMInvert.execute(
+        graph.model, graph.source, latent, STEPS, "float32", chunk, RESUME[0]
+    ).args
+    return [trajectory.level(1), noisiest["samples"]]
 
-    def cancel():
-        raise comfy.model_management.InterruptProcessingException
 
-    with holding(unet, "_forward", 2), pytest.raises(comfy.model_management.InterruptProcessingException):
-        original, calls = unet._forward, []
+def edit_on(graph, chunk):
+    plan = select(graph.descriptors, -1.0, -1.0, max_clip=4, mode="fixed")
+    _, prepared = graph.joint(plan, cfg=1.0)
+    return [AdaFlowTokenPropagate.execute(prepared, False, chunk, RESUME[0]).args[0]["samples"]]
 
-        def counted(x, *args, **kwargs):
-            calls.append(x.shape[0])
-            if calls.count(2) == FRAMES // 2 + 1:
-                cancel()
-            return original(x, *args, **kwargs)
 
-        unet._forward = counted
-        AdaFlowDDIMInvert.execute(*arguments)
+@pytest.mark.parametrize("chunk", [0, FRAMES])
+@pytest.mark.parametrize("run", [invert_on, edit_on])
+def test_the_size_that_fitted_is_kept_for_the_run_that_goes_on(graph, run, chunk, comfy_folders):
+    """A run cancelled after it ran short of memory does not try the large chunk again, whatever the user has set."""
+    unet, runs = graph.model.model.diffusion_model, comfy_folders / "output" / "adaflow_runs"
+    remove_old_runs(runs, max_age=-1.0)
     with holding(unet, "_forward", 2) as shapes:
-        AdaFlowDDIMInvert.execute(*arguments)
-    assert max(shape[0] for shape in shapes) == 2
+        whole = run(graph, chunk)
+    assert max(shape[0] for shape in shapes) > 2
+    remove_old_runs(runs, max_age=-1.0)
+    with holding(unet, "_forward", 2) as again, pytest.raises(comfy.model_management.InterruptProcessingException):
+        limited = unet._forward
+
+        def cancelled(*args, **kwargs):
+            if len(again) == len(shapes) - 1:
+                raise comfy.model_management.InterruptProcessingException
+            return limited(*args, **kwargs)
+
+        unet._forward = cancelled
+        run(graph, chunk)
+    with holding(unet, "_forward", 2) as shapes:
+        assert all(torch.equal(a, b) for a, b in zip(run(graph, chunk), whole, strict=True))
+    assert shapes and max(shape[0] for shape in shapes) <= 2
 
 
 def test_keyframe_selection_compares_fewer_frames(graph, monkeypatch):
