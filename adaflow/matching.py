@@ -14,6 +14,7 @@ from torch import Tensor
 from .correspondence import index_dtype, matching_dtype, nearest_indices
 from .descriptors import Area, Descriptors, layer_sizes, resize_tokens
 from .keyframes import Clips
+from .memory import Room
 
 Size = tuple[int, int]
 Pair = tuple[int, int]  # frame, keyframe
@@ -58,6 +59,7 @@ class Matches:
     def __init__(self, descriptors: Descriptors, clips: Clips, cache_bytes: int, device: torch.device | str = "cpu"):
         self._descriptors, self._clips, self._device = descriptors, clips, device
         self._cache, self._areas = BoundedCache(cache_bytes), set()
+        self._room = Room(held=CLIP_BYTES, block=KEYFRAME_BYTES)
         self._draws: list[tuple[int, ...]] = []
         self._interpolate, self._between = False, lambda: None
         self.seconds = 0.0
@@ -99,13 +101,29 @@ class Matches:
         return self._descriptors.size if area is None else area[:2]
 
     def _make(self, clip: int, other: int, asked: list[Pair], area: Area | None) -> dict[Pair, Tensor]:
-        """Match frames of a clip with keyframes of the same or another one: those asked for and those expected."""
+        """Match frames of a clip with keyframes of the same or another one: those asked for and those expected.
+
+        Out of memory, it goes on with fewer keyframes at a time.
+        """
         expected = [pair for pair in self._expected(clip, other, area) if self._cache.get((*pair, area)) is None]
         pairs, made = dict.fromkeys(asked + expected), {}
+        height, width = self._size(area)
+        while left := [pair for pair in pairs if pair not in made]:
+            try:
+                self._make_by_blocks(clip, left, area, made)
+            except RuntimeError as error:
+                keyframes = len({keyframe for _, keyframe in left})
+                doing = f"to match {MATCH_FRAMES} frames of {width}x{height} tokens with them"
+                self._room.shrink(error, self._keyframe_bytes(area), keyframes, doing)
+        for pair, row in made.items():
+            self._cache.put((*pair, area), row)
+        return {pair: made[pair] for pair in asked}
+
+    def _make_by_blocks(self, clip: int, pairs: list[Pair], area: Area | None, made: dict[Pair, Tensor]) -> None:
+        """Put the matches of ``pairs``, frames of one clip, into ``made``, with as many keyframes at a time as fit."""
         stored = self._reader(clip, area)
         keyframes = sorted({keyframe for _, keyframe in pairs})
-        one = sum(level.nbytes for level in self._tokens(stored(keyframes[:1])))
-        block = max(1, KEYFRAME_BYTES // one)
+        block = self._room.rows(self._keyframe_bytes(area), len(keyframes))
         for first in range(0, len(keyframes), block):
             tokens = {keyframe: self._tokens(stored([keyframe])) for keyframe in keyframes[first : first + block]}
             for frames in self._runs(clip):
@@ -114,9 +132,11 @@ class Matches:
                     self._between()
                     queries = self._tokens(stored(list(frames)))
                     made |= self._match(chosen, frames, queries, tokens)
-        for pair, row in made.items():
-            self._cache.put((*pair, area), row)
-        return {pair: made[pair] for pair in asked}
+
+    def _keyframe_bytes(self, area: Area | None) -> int:
+        """Of a keyframe's tokens at every resolution, as they are compared."""
+        tokens = sum(height * width for height, width in layer_sizes(*self._size(area)))
+        return tokens * self._descriptors.shape[1] * matching_dtype(self._device).itemsize
 
     def _expected(self, clip: int, other: int, area: Area | None) -> list[Pair]:
         """The pairs of two clips that the coming steps need, as many steps as the cache holds."""
@@ -147,7 +167,7 @@ class Matches:
             return self._descriptors.stored(frames, area, self._device)
 
         one = read([start])
-        if one.nbytes * (stop - start) > CLIP_BYTES:
+        if one.nbytes * (stop - start) > self._room.held:
             return read
         held = read(list(range(start, stop)))
 

@@ -10,6 +10,7 @@ from .correspondence import matching_dtype
 from .descriptors import Area, Descriptors, layer_sizes, resize_tokens
 from .keyframes import Clips, KeyframeDraws
 from .matching import BoundedCache, Matches, Size
+from .memory import Room
 from .propagation import blend_weight
 from .slimming import select_kv_by_blocks
 
@@ -41,9 +42,14 @@ class KeyframePool:
     ):
         self._descriptors, self._keyframes, self._area, self._device = descriptors, keyframes, area, device
         self._free, self._held = max_bytes, {}
-        first = self._map(0)
-        self.size = tuple(first.shape[2:])
-        self.block = max(1, block_bytes // (first.numel() * 4))
+        self.size = descriptors.size if area is None else area[:2]
+        self.block = max(1, block_bytes // self.row_bytes(descriptors, area))
+
+    @staticmethod
+    def row_bytes(descriptors: Descriptors, area: Area | None) -> int:
+        """Of one keyframe's map in float32."""
+        height, width = descriptors.size if area is None else area[:2]
+        return descriptors.shape[1] * height * width * 4
 
     def maps(self, rows: list[int]) -> Tensor:
         """(rows, channels, height, width) float32."""
@@ -96,6 +102,7 @@ class EditPlan:
     device: torch.device | str = "cpu"
     _matches: Matches = field(init=False, repr=False)
     _kept: BoundedCache = field(init=False, repr=False)
+    _room: Room = field(init=False, repr=False)
     _draws: dict[int, tuple[int, ...]] = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -104,6 +111,7 @@ class EditPlan:
         self.draws.check(self.clips)
         self._matches = Matches(self.descriptors, self.clips, self.cache_bytes, self.device)
         self._kept, self._draws = BoundedCache(self.cache_bytes), {}
+        self._room = Room(held=POOL_BYTES, block=BLOCK_BYTES)
 
     @property
     def frames(self) -> int:
@@ -170,16 +178,36 @@ class EditPlan:
         return self._select(keyframes, budget, area)[size] if kept is None else kept
 
     def _select(self, keyframes: tuple[int, ...], budget: int, area: Area | None) -> dict[Size, Tensor]:
-        """Select keys and values at every resolution, the descriptors read once, and keep all."""
-        pool = KeyframePool(self.descriptors, keyframes, area, self.device)
-        sizes = layer_sizes(*pool.size)
+        """Select keys and values at every resolution, the descriptors read once, and keep all.
 
-        def tokens(rows: list[int]) -> list[Tensor]:
-            maps = pool.maps(rows)
-            return [resize_tokens(maps, size).to(matching_dtype(maps.device)) for size in sizes]
-
-        kept = select_kv_by_blocks(tokens, len(keyframes), budget, pool.block)
-        found = {size: part.cpu() for size, part in zip(sizes, kept, strict=True)}
+        Out of memory, it starts again with fewer keyframes at a time.
+        """
+        while True:
+            try:
+                found = self._select_by_blocks(keyframes, budget, area)
+                break
+            except RuntimeError as error:
+                height, width = self.descriptors.size if area is None else area[:2]
+                doing = f"to select tokens of {len(keyframes)} keyframes of {width}x{height} tokens"
+                self._room.shrink(error, KeyframePool.row_bytes(self.descriptors, area), len(keyframes), doing)
         for size, part in found.items():
             self._kept.put((keyframes, budget, size, area), part)
         return found
+
+    def _select_by_blocks(self, keyframes: tuple[int, ...], budget: int, area: Area | None) -> dict[Size, Tensor]:
+        pool = KeyframePool(self.descriptors, keyframes, area, self.device, self._room.held, self._room.block)
+        sizes = layer_sizes(*pool.size)
+
+        def tokens(rows: list[int]) -> list[Tensor]:
+            levels = None
+            for place, row in enumerate(rows):  # resized one by one: the bits do not depend on the block
+                maps = pool.maps([row])
+                dtype = matching_dtype(maps.device)
+                if levels is None:
+                    levels = [maps.new_empty(len(rows), h * w, maps.shape[1], dtype=dtype) for h, w in sizes]
+                for level, size in zip(levels, sizes, strict=True):
+                    level[place] = resize_tokens(maps, size)[0]
+            return levels
+
+        kept = select_kv_by_blocks(tokens, len(keyframes), budget, pool.block)
+        return {size: part.cpu() for size, part in zip(sizes, kept, strict=True)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adaflow.attention import frame_attention
-from .memory import is_out_of_memory
+from ...adaflow.memory import is_out_of_memory
 from .taps import restore_forward
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ...adaflow.estimate import Pace
+from ...adaflow.memory import is_out_of_memory
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import lockstep
 from .compiled import BlockCompiler
 from .families import UNetFamily
-from .memory import halved, has_host, is_out_of_memory
+from .memory import halved, has_host
 from .passes import (
     EditJointPass,
     EditPropagationPass,

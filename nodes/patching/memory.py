@@ -7,6 +7,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
 from ...adaflow.estimate import Attention, Needs, UNetSizes, describe, refuse_too_large
+from ...adaflow.memory import SmallestBlockError, is_out_of_memory
 from .families import UNetFamily
 from .preview import NodeText
 from .taps import self_attentions
@@ -83,13 +84,6 @@ def release_pinned() -> None:
         release()
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: on an accelerator, or in RAM, for which torch has no exception of its own."""
-    return isinstance(error, comfy.model_management.OOM_EXCEPTION) or any(
-        words in str(error) for words in ("can't allocate memory", "out of memory")
-    )
-
-
 def chunk_to_go_on_with(chosen: int, noted: int) -> int:
     """Frames at once of a run that goes on: the fewer, since more than it noted may have run out of memory.
 
@@ -120,10 +114,10 @@ def halved(error: Exception, tried: int, doing: str, change: str, device: torch.
             amount(device) / 1e9
             for amount in (comfy.model_management.get_free_memory, comfy.model_management.get_total_memory)
         )
-        raise RuntimeError(
-            f"AdaFlow: out of memory with {tried} frames at a time, which cannot be fewer, {doing}; {free:.2f} of "
-            f"{total:.2f} GB are free on {device}: {change}"
-        ) from error
+        tight = f"AdaFlow: out of memory with {tried} frames at a time, which cannot be fewer, {doing}"
+        if isinstance(error, SmallestBlockError):  # what fails is not the frames' forward
+            tight = str(error)
+        raise RuntimeError(f"{tight}; {free:.2f} of {total:.2f} GB are free on {device}: {change}") from error
     logger.warning("AdaFlow: out of memory with %d frames at a time; going on with %d", tried, tried // 2)
     comfy.model_management.soft_empty_cache()
     return tried // 2

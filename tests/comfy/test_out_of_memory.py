@@ -6,13 +6,13 @@ from contextlib import contextmanager
 import comfy.model_management
 import pytest
 import torch
-from adaflow_pack.adaflow import keyframes
+from adaflow_pack.adaflow import keyframes, matching, slimming
+from adaflow_pack.adaflow.memory import is_out_of_memory
 from adaflow_pack.adaflow.runs import remove_old_runs
 from adaflow_pack.nodes.common import RESUME
 from adaflow_pack.nodes.descriptors import AdaFlowExtractDescriptors
 from adaflow_pack.nodes.encode_video import AdaFlowEncodeVideo
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
-from adaflow_pack.nodes.patching.memory import is_out_of_memory
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from adaflow_pack.nodes.save_video import AdaFlowSaveVideo
 from broken_runs import forwards
@@ -179,6 +179,56 @@ def test_keyframe_selection_compares_fewer_frames(graph, monkeypatch):
     monkeypatch.setattr(keyframes, "nearest_tokens", lambda *_: limited(torch.zeros(3), None))
     with pytest.raises(RuntimeError, match=r"out of memory with 1 frames .* 12x8 tokens.* GB are free on"):
         select(graph.descriptors)
+
+
+def matched_edit(graph):
+    return edit(graph, FRAMES)[0]
+
+
+def selected_edit(graph):
+    plan = select(graph.descriptors, -1.0, -1.0, max_clip=1, mode="fixed")
+    return graph.edit(plan, chunk=FRAMES, cfg=1.0, model=graph.slim(2))
+
+
+COMPARING = {
+    "matching": (matched_edit, matching, "nearest_indices", "to match 8 frames of 12x8 tokens"),
+    "selection": (selected_edit, slimming, "nearest_tokens", "to select tokens of 8 keyframes of 12x8 tokens"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("stage", COMPARING)
+def test_descriptors_are_compared_in_smaller_blocks_and_no_frames_are_taken_away(graph, stage, error, monkeypatch):
+    run, module, name, _ = COMPARING[stage]
+    with holding(graph.model.model.diffusion_model, "_forward", FRAMES) as wanted:
+        whole = run(graph)
+    original, calls = getattr(module, name), []
+
+    def limited(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ERRORS[error]()
+        return original(*args)
+
+    monkeypatch.setattr(module, name, limited)
+    with holding(graph.model.model.diffusion_model, "_forward", FRAMES) as shapes:
+        assert torch.equal(run(graph), whole)
+    assert len(calls) > 2 and shapes == wanted
+
+
+@pytest.mark.parametrize("stage", COMPARING)
+def test_one_keyframe_that_cannot_be_compared_is_an_error_with_numbers(graph, stage, monkeypatch):
+    run, module, name, doing = COMPARING[stage]
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(module, name, fail)
+    numbers = (
+        rf"out of memory with one keyframe .* GB, {doing}.*; [\d.]+ of [\d.]+ GB are free on \w+: use .*smaller size"
+    )
+    with pytest.raises(RuntimeError, match=numbers):
+        run(graph)
 
 
 def encode(vae, chunk):

@@ -8,11 +8,16 @@ from torch.utils._pytree import tree_leaves
 
 
 class TensorMemory(TorchDispatchMode):
-    """While held, counts the bytes of the tensors made: ``now``, and at ``peak`` the most at one time."""
+    """While held, counts the bytes of the tensors made: ``now``, and at ``peak`` the most at one time.
 
-    def __init__(self):
+    Args:
+        most: bytes beyond which making a tensor fails, as out of memory does; None: no limit.
+    """
+
+    def __init__(self, most: int | None = None):
         super().__init__()
         self.now = self.peak = 0
+        self._most = most
         self._known = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -26,6 +31,8 @@ class TensorMemory(TorchDispatchMode):
     def _count(self, storage, given) -> None:
         if storage in self._known or storage in given:  # a view, or in place
             return
+        if self._most is not None and self.now + storage.nbytes() > self._most:
+            raise torch.cuda.OutOfMemoryError("injected")
         self._known.add(storage)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)

@@ -25,7 +25,7 @@ COMFY_FOR_NODES = {
     "node_helpers",
 }
 # Each module of adaflow/ and those it may import: helpers that anyone may use, then the method from the bottom up.
-ANYONE = {"errors", "storage", "runs"}
+ANYONE = {"errors", "memory", "storage", "runs"}
 ORDER = [
     {"ddim"},
     {"trajectory"},

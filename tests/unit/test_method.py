@@ -121,7 +121,7 @@ class DescriptorsInMemory:
     """Stands for Descriptors: random maps (frames, channels, height, width), and which frames were read together."""
 
     def __init__(self, rng, frames, size):
-        self.frames, self.size, self.reads = frames, size, []
+        self.frames, self.size, self.shape, self.reads = frames, size, (frames, 8, *size), []
         self._maps = normalize(torch.randn(frames, 8, *size, generator=rng), dim=1)
 
     def stored(self, frames, area=None, device=None):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from adaflow_pack.adaflow import matching, slimming
 from adaflow_pack.adaflow.descriptors import Descriptors, DescriptorWriter, resize_tokens
 from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
+from adaflow_pack.adaflow.memory import SmallestBlockError
 from adaflow_pack.adaflow.picture import WIDEST, yt_picture
 from adaflow_pack.adaflow.plan import EditPlan, KeyframePool
 from adaflow_pack.adaflow.slimming import select_kv_by_blocks
@@ -84,6 +86,56 @@ def test_selecting_tokens_takes_a_pool_of_limited_size(short_and_long):
         peaks = [peak(lambda k=k, b=pool_bytes: select(descriptors, k, b)) for k in (few, many)]
         grown = (len(many) - len(few)) * (result + importance) + pool_bytes
         assert peaks[1] - peaks[0] <= grown < len(many) * FRAME_BYTES
+
+
+def matched(descriptors) -> list[torch.Tensor]:
+    """Every frame's matches in the keyframes of many steps."""
+    frames, clips = list(range(descriptors.frames)), Clips((0, 10), descriptors.frames)
+    plan = EditPlan(descriptors, clips, KeyframeDraws(seed=1))
+    plan.expect(range(30), False)
+    draws = [plan.keyframes(step) for step in range(30)]
+    return [plan.matches(frames, tuple(draw[clips.of(frame)] for frame in frames), SIZE) for draw in draws]
+
+
+def selected(descriptors) -> list[torch.Tensor]:
+    """The tokens that some keyframes keep, twice: what did not fit is not tried again."""
+    plan = EditPlan(descriptors, Clips((0,), descriptors.frames), KeyframeDraws())
+    draws = [tuple(range(first, descriptors.frames, 3)) for first in (0, 1)]
+    return [plan.kept(keyframes, 2, size) for keyframes in draws for size in (SIZE, (3, 4))]
+
+
+@pytest.mark.parametrize(("work", "doing"), [(matched, "to match 8 frames"), (selected, "to select tokens of 1[34]")])
+def test_where_memory_runs_out_a_stage_goes_on_with_less_and_the_same_bits(work, doing, tmp_path):
+    """At every limit, down to where one keyframe at a time does not fit: that is an error with numbers."""
+    maps = torch.randn(40, 128, *SIZE)
+    writer = DescriptorWriter(tmp_path / "d.safetensors", maps.shape, "model", "clip", "made", torch.zeros(40, 6, 3))
+    writer.write(list(range(40)), maps)
+    descriptors = writer.close()
+    with TensorMemory() as measured:
+        whole = work(descriptors)
+    limit = fitted = measured.peak
+    with pytest.raises(SmallestBlockError, match=rf"out of memory with one keyframe .* GB, {doing}.* 8x6 tokens"):
+        while True:
+            limit = limit * 17 // 20
+            with TensorMemory(limit):
+                found = work(descriptors)
+            assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+            fitted = limit
+    assert fitted < 0.65 * measured.peak
+
+
+def test_another_error_of_a_stage_is_not_taken_for_lack_of_memory(short_and_long, monkeypatch):
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        raise RuntimeError("shapes do not match")
+
+    for module, name, work in ((matching, "nearest_indices", matched), (slimming, "nearest_tokens", selected)):
+        monkeypatch.setattr(module, name, fail)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            work(short_and_long[0])
+    assert len(calls) == 2
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the process's memory from /proc")
