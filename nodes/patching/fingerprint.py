@@ -34,8 +34,8 @@ def fingerprint(value: object) -> str:
     """Hash of plain data, tensors, CONDITIONING, MODELs and whatever patches they carry.
 
     Functions count by name, code and what they close over, objects by class, the code of its methods, and attributes.
-    What a function calls counts by name only. An object that cannot be looked into makes the hash another one each time,
-    so that what depends on it is never taken for the same.
+    What a function calls counts by name only. An object that cannot be looked into makes the hash another one each
+    time, so that what depends on it is never taken for the same.
     """
     hasher = _Hasher()
     try:
