@@ -1,11 +1,12 @@
 """Measures edits of the demo model against the truth that the demo world knows.
 
-    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/edit_quality.py --part 1/6 --pieces FOLDER [--sheets FOLDER]
+    COMFYUI_PATH=/path/to/ComfyUI python benchmarks/edit_quality.py --part 1/5 --pieces FOLDER [--settings NAME ...]
     python benchmarks/edit_quality.py --collect --pieces FOLDER
 
-The first command makes one file per clip and edit and leaves out those that are there: parts may run beside each other,
-and a broken one may be started again. The second makes benchmarks/results/edit-quality.json, the tables of
-docs/quality.md and docs/images/quality.png of them. docs/quality.md says what is measured.
+The first command makes one file per clip and edit and leaves out what is there: parts may run beside each other, a
+broken one may be started again, and a later call with other settings adds them to the same files. The second makes
+benchmarks/results/edit-quality.json, the tables of docs/quality.md and docs/images/quality.png of them. docs/quality.md
+says what is measured.
 """
 
 from __future__ import annotations
@@ -88,6 +89,19 @@ class Setting:
     injected: bool = True
 
 
+def chosen_settings(settings: list[Setting], parts_of_names: list[str] | None) -> list[Setting]:
+    """Those whose name has one of ``parts_of_names`` in it; all where that is None.
+
+    Raises:
+        SystemExit: one of them is in no name.
+    """
+    for part in parts_of_names or ():
+        if not any(part in setting.name for setting in settings):
+            names = "\n  ".join(setting.name for setting in settings)
+            raise SystemExit(f"--settings is {part!r}, which is in no name of\n  {names}")
+    return [s for s in settings if parts_of_names is None or any(part in s.name for part in parts_of_names)]
+
+
 def settings_of(options: Options) -> list[Setting]:
     """All that are compared."""
     made = []
@@ -157,10 +171,10 @@ def make_task(options: Options, number: int, edit: str) -> Task:
 
 
 def tasks_of(options: Options, part: int, parts: int) -> Iterator[Task]:
-    """The tasks of one part; those of one clip stand together."""
-    pairs = [(number, edit) for number in range(options.clips) for edit in options.edits]
-    for number, edit in pairs[len(pairs) * (part - 1) // parts : len(pairs) * part // parts]:
-        yield make_task(options, number, edit)
+    """The tasks of one part: all of its clips, which are inverted once each."""
+    for number in range(options.clips * (part - 1) // parts, options.clips * part // parts):
+        for edit in options.edits:
+            yield make_task(options, number, edit)
 
 
 class Bench:
@@ -317,11 +331,38 @@ class Editing:
         return found, rows
 
 
+def held_piece(path: Path, about: dict) -> dict:
+    """What earlier calls put into a piece; empty where there is none.
+
+    Raises:
+        SystemExit: it was made in another way.
+    """
+    from quality_report import differing
+
+    if not path.exists():
+        return {}
+    held = json.loads(path.read_text())
+    unlike = differing(held["about"], about)
+    if unlike:
+        raise SystemExit(f"{path} was made with another {', '.join(unlike)}: take another folder for --pieces")
+    return held
+
+
+def merged(held: dict, found: dict, settings: list[Setting]) -> dict:
+    """A piece with all settings of ``held`` and of ``found``, in the order in which they are shown."""
+    measures = found["measures"] | held.get("measures", {})
+    names = [setting.name for setting in settings]
+    order = [name for name in measures if name not in names] + [name for name in names if name in measures]
+    seconds = held.get("seconds", {}) | found["seconds"]
+    return {**found, "seconds": seconds, "measures": {name: measures[name] for name in order}}
+
+
 def run_part(arguments: argparse.Namespace, options: Options, folder: Path) -> None:
-    """Carry out the tasks of one part that have no piece yet."""
+    """Carry out what is chosen of one part's tasks and not in their pieces yet."""
     from quality_report import write_json, write_sheet
 
     settings, bench, source = settings_of(options), None, None
+    chosen = chosen_settings(settings, arguments.settings)
     about = {
         "commit": arguments.commit or commit(),
         **machine(),
@@ -331,19 +372,22 @@ def run_part(arguments: argparse.Namespace, options: Options, folder: Path) -> N
     }
     for task in tasks_of(options, *arguments.part):
         piece = arguments.pieces / f"{task.name}.json"
-        if piece.exists():
+        held = held_piece(piece, about)
+        missing = [setting for setting in chosen if setting.name not in held.get("measures", {})]
+        if not missing:
             continue
         started = time.perf_counter()
         bench = bench or Bench(options, arguments.weights, arguments.judge, folder)
         if source is None or source.clip != task.source:
             source = Source(bench, task.source, task.captions()[0])
         inverted = time.perf_counter() - started
-        found, rows = Editing(source, task).run(settings)
-        write_json(piece, {"about": about, **found})
+        found, rows = Editing(source, task).run(missing)
+        write_json(piece, {"about": about, **merged(held, found, settings)})
         if arguments.sheets:
             title, short = " -> ".join(task.captions()), ("source", OWN, "truth")
             write_sheet(arguments.sheets / f"{task.name}.png", rows, title)
-            write_sheet(arguments.sheets / f"{task.name}-short.png", {name: rows[name] for name in short}, title)
+            if OWN in rows:
+                write_sheet(arguments.sheets / f"{task.name}-short.png", {name: rows[name] for name in short}, title)
         took = time.perf_counter() - started
         print(f"{task.name}: {took:.1f} s, before the edits {inverted:.1f} s; {task.captions()[1]}", flush=True)
 
@@ -351,9 +395,10 @@ def run_part(arguments: argparse.Namespace, options: Options, folder: Path) -> N
 def parse() -> tuple[argparse.Namespace, Options]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     part = lambda text: tuple(map(int, text.split("/")))  # noqa: E731
-    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="do the I-th of N shares of the work")
+    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="do the I-th of N shares of the clips")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help="only those with one of these in their names")
     parser.add_argument("--pieces", type=Path, default=ROOT / "benchmark-files" / "edit-quality", metavar="FOLDER")
-    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="also write pictures to look at")
+    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="also write pictures of what this call edits")
     parser.add_argument("--collect", action="store_true", help="merge the pieces, write table and plot; no ComfyUI")
     parser.add_argument("--weights", type=Path, default=ROOT / "demo_model" / "weights.safetensors")
     parser.add_argument("--judge", type=Path, default=ROOT / "demo_model" / "classifier.safetensors")

@@ -161,6 +161,9 @@ def test_parts_share_all_tasks_out_and_a_truth_differs_in_what_is_asked_alone():
     found = [task for part in range(1, 6) for task in edit_quality.tasks_of(options, part, 5)]
     assert [task.name for task in found] == [task.name for task in edit_quality.tasks_of(options, 1, 1)]
     assert len({task.name for task in found}) == len(found) == 12 * 3
+    for part in range(1, 6):
+        numbers = [task.number for task in edit_quality.tasks_of(options, part, 5)]
+        assert all(numbers.count(number) == 3 for number in numbers), "a clip of two parts is inverted in both"
     asked = {"foreground": set(), "background": set(), "style": set()}
     for task in found:
         before, after = task.source.shots[0].scene, task.scene
@@ -213,7 +216,7 @@ def test_a_report_holds_the_means_and_leaves_the_prose(pieces, tmp_path):
         quality_report.write_tables(page, about, found)
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert text.count(f"| {name} |") == 2 * 3, "a row in each table, and two comparisons"
+    assert text.count(f"| {name} |") == 2 * 3 + 2, "a row in each table, two comparisons, and what is asked"
 
 
 def test_pieces_that_do_not_belong_together_are_refused(pieces, tmp_path):
@@ -224,7 +227,48 @@ def test_pieces_that_do_not_belong_together_are_refused(pieces, tmp_path):
         quality_report.read_pieces(pieces)
     content["about"]["weights"] = "b"
     quality_report.write_json(last, content)
-    with pytest.raises(SystemExit, match="different"):
+    with pytest.raises(SystemExit, match='different weights:\n  weights "a": 0\n  weights "b": 1'):
         quality_report.read_pieces(pieces)
     with pytest.raises(SystemExit, match="no pieces"):
         quality_report.read_pieces(tmp_path)
+
+
+def test_an_unsteady_truth_does_not_swamp_the_other_tasks(rng):
+    """A pencil sketch is as unsteady as the twentyfold of another edit, whatever edits it."""
+    base = [rng.uniform(1, 2) * scale for scale in (1, 1, 20)]
+    names = (quality_report.OWN, quality_report.EACH, quality_report.CEILING)
+    factors = ((1, 4, 0.5), (1, 4, 0.5), (1, 1, 0.5))
+    pieces = [
+        {"edit": edit, "measures": {name: {"warping": b * f, "psnr": 20.0} for name, f in zip(names, row, strict=True)}}
+        for edit, b, row in zip(("foreground", "background", "style"), base, factors, strict=True)
+    ]
+    assert quality_report.ratio(pieces, names[0], "warping", names[1]) > 0.5, "of sums, the sketch alone decides"
+    assert quality_report.typical_ratio(pieces, names[0], "warping", names[1]) == pytest.approx(4 ** (-2 / 3))
+    assert quality_report.excess(pieces, names[0], "warping") == pytest.approx(sum(base) / 6)
+    met = {one["edit"]: one["met"] for one in quality_report.verdicts(pieces)}
+    assert met == {"foreground": True, "background": True, "style": False, "all": True}
+    for piece in pieces:
+        piece["measures"][quality_report.OWN]["psnr"] = 19.9
+    assert not any(one["met"] for one in quality_report.verdicts(pieces)), "steadier by losing the picture"
+
+
+def test_settings_of_later_calls_join_a_piece_and_those_that_some_lack_are_left_out(pieces, capsys):
+    settings = edit_quality.settings_of(edit_quality.Options())
+    first = edit_quality.chosen_settings(settings, ["TokenFlow", "budget 8"])
+    assert [s.name for s in first] == [s.name for s in settings if "TokenFlow" in s.name or "budget 8" in s.name]
+    assert edit_quality.chosen_settings(settings, None) == settings
+    with pytest.raises(SystemExit, match="no name"):
+        edit_quality.chosen_settings(settings, ["budget 8", "nonsense"])
+    path = sorted(pieces.glob("*.json"))[0]
+    whole = json.loads(path.read_text())
+    names = {setting.name for setting in first}
+    late = {**whole, "measures": {name: v for name, v in whole["measures"].items() if name not in names}, "seconds": {}}
+    early = {**whole, "measures": {name: v for name, v in whole["measures"].items() if name in names}, "seconds": {}}
+    joined = edit_quality.merged(late, early, settings)["measures"]
+    assert joined == whole["measures"] and list(joined) == list(whole["measures"])
+    quality_report.write_json(path, early | {"measures": early["measures"] | {"truth": whole["measures"]["truth"]}})
+    found = quality_report.read_pieces(pieces)[1]
+    assert all(set(piece["measures"]) == names | {"truth"} for piece in found)
+    assert f"1 of 2 pieces have it: {quality_report.OWN}\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"another weights"):
+        edit_quality.held_piece(path, {**whole["about"], "weights": "b"})
