@@ -14,6 +14,7 @@ from adaflow_pack.adaflow.demo import ATTRIBUTES, Clip
 pytest.importorskip("kornia")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import demo_edit
 import edit_quality
 import quality_report
 from quality_measures import against_truth, psnr, shares, ssim, steadiness, warping_error
@@ -272,3 +273,17 @@ def test_settings_of_later_calls_join_a_piece_and_those_that_some_lack_are_left_
     assert f"1 of 2 pieces have it: {quality_report.OWN}\n" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"another weights"):
         edit_quality.held_piece(path, {**whole["about"], "weights": "b"})
+
+
+def test_the_demo_is_judged_by_what_is_asked_of_it():
+    edit = {"asked": 0.95, "untouched": 1.0, "asked and untouched": 0.95, "warping object": 1.3}
+    clips = {"edit": edit, "truth": {"warping object": 1.0}}
+    run = {"seconds": 239, "peak memory, bytes": 2.9e9, "share of the machine taken by other work": 0.0}
+    assert set(demo_edit.verdicts(clips, run).values()) == {"met"}
+    worse = {"asked": 0.94, "asked and untouched": 0.94, "warping object": 1.31}
+    bad = demo_edit.verdicts({**clips, "edit": edit | worse}, {**run, "seconds": 241, "peak memory, bytes": 3.1e9})
+    assert set(bad.values()) == {"missed"}
+    busy = demo_edit.verdicts(clips, {**run, "seconds": 300, "share of the machine taken by other work": 0.5})
+    assert list(busy.values()) == ["met"] * 3 + ["not to be said: beside other work", "met"]
+    del edit["untouched"]
+    assert "nothing is left untouched" in demo_edit.verdicts(clips, None).values()
