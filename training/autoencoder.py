@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from common import Clock, Learner, Log, initialise, pack_module
-from safetensors.torch import load_file, save_file
+from common import Clock, Learner, Log, initialise, pack_module, save_whole
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
@@ -78,21 +78,16 @@ def train(folder, pools: list[Tensor], clock: Clock, log: Log, device, begin_wit
     if done.exists():
         module.load_state_dict(load_file(done, device=str(device)))
         return module.eval()
-    if state.exists():
-        learner.load(state)
-    total = torch.zeros((), device=device)
-    for step in clock.steps():
-        total += learner.step(clock.share, draw(pools, *BATCHES[step % len(BATCHES)]))
+    for step in clock.steps(learner, state):
+        learner.step(clock.share, draw(pools, *BATCHES[step % len(BATCHES)]))
         if learner.steps % 500 == 0:
-            log.add("autoencoder", clock.used, step=learner.steps, loss=(total / 500).item())
-            total.zero_()
+            log.add("autoencoder", clock.used, step=learner.steps, loss=learner.mean_loss())
     log.add("autoencoder", clock.used, step=learner.steps)
     if not clock.finished:
-        learner.save(state)
         return None
     module.load_state_dict(learner.averaged())
     settle(module.float(), pools[0])
-    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, done)
+    save_whole(module.state_dict(), done)
     state.unlink(missing_ok=True)
     return module.bfloat16().eval()
 

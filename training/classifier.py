@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from common import Clock, Learner, Log, initialise, pack_module
-from safetensors.torch import load_file, save_file
+from common import Clock, Learner, Log, initialise, pack_module, save_whole
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
@@ -40,19 +40,16 @@ def train(folder, images: Tensor, truth: Tensor, clock: Clock, log: Log, device)
     initialise(module, (), torch.Generator().manual_seed(2))
     module.bfloat16()
     learner = Learner(module, lambda images, truth: loss_of(module, images, truth), RATE, average=0.99)
-    if state.exists():
-        learner.load(state)
-    for _ in clock.steps():
+    for _ in clock.steps(learner, state):
         chosen = torch.randint(len(images), (BATCH,), device=device)
-        loss = learner.step(clock.share, images[chosen], truth[chosen])
+        learner.step(clock.share, images[chosen], truth[chosen])
         if learner.steps % 500 == 0:
-            log.add("classifier", clock.used, step=learner.steps, loss=loss.item())
+            log.add("classifier", clock.used, step=learner.steps, loss=learner.mean_loss())
     log.add("classifier", clock.used, step=learner.steps)
     if not clock.finished:
-        learner.save(state)
         return None
     module.float().load_state_dict(learner.averaged())
-    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, done)
+    save_whole(module.state_dict(), done)
     state.unlink(missing_ok=True)
     return module.eval()
 

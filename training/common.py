@@ -18,6 +18,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 PACK = "adaflow_pack"
 WARM_UP = 3  # steps of a shape before its step is captured
+SAVE_EVERY = 60.0  # seconds of training that a killed call may lose
 
 
 def start_comfyui() -> None:
@@ -99,12 +100,27 @@ class Learner:
         others = [m for name, m in zip(self.names, self.master, strict=True) if not is_inner_matrix(name, m)]
         self.muon = Muon(matrices, self.rate_now)
         self.adamw = torch.optim.AdamW(others, self.rate_now, betas=(0.9, 0.99), weight_decay=0.01, **kind)
-        self.steps = 0
+        self.steps = self.samples = 0
+        self.losses, self.counted = torch.zeros((), device=device), 0
         self.eager: dict[tuple, int] = {}
         self.graphs: dict[tuple, tuple] = {}
 
     def step(self, share: float, *inputs: Tensor) -> Tensor:
         """One update; ``share``: of the whole training that is over. Returns the loss, valid until the next step."""
+        loss = self._replay_or_update(share, inputs)
+        self.samples += len(inputs[0])
+        self.losses += loss
+        self.counted += 1
+        return loss
+
+    def mean_loss(self) -> float:
+        """Of the steps since the last call, or since the start; there must have been one."""
+        mean = (self.losses / self.counted).item()
+        self.losses.zero_()
+        self.counted = 0
+        return mean
+
+    def _replay_or_update(self, share: float, inputs: tuple[Tensor, ...]) -> Tensor:
         self.rate_now.fill_(self.rate * schedule(share, self.steps))
         self.keep.fill_(min(self.average, self.steps / (self.steps + 10)))
         self.steps += 1
@@ -157,22 +173,23 @@ class Learner:
         state = {name: value.detach().float() for name, value in self.module.state_dict().items()}
         return state | dict(zip(self.names, (value.clone() for value in self.mean), strict=True))
 
-    def save(self, path: Path) -> None:
-        tensors = {"steps": torch.tensor(self.steps)}
+    def save(self, path: Path, seconds: float) -> None:
+        """Write all that :meth:`load` needs to go on; ``seconds``: of training that led here."""
+        tensors = {"steps": torch.tensor(self.steps), "samples": torch.tensor(self.samples)}
+        tensors["seconds"] = torch.tensor(seconds, dtype=torch.float64)
         for name, master, mean in zip(self.names, self.master, self.mean, strict=True):
             tensors |= {f"master/{name}": master.detach(), f"mean/{name}": mean}
             tensors |= {f"{key}/{name}": value for key, value in self.adamw.state.get(master, {}).items()}
             if master in self.muon.momenta:
                 tensors[f"momentum/{name}"] = self.muon.momenta[master]
         tensors |= {f"buffer/{name}": value for name, value in self.module.named_buffers()}
-        partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
-        partial.replace(path)
+        save_whole(tensors, path)
 
     @torch.no_grad()
-    def load(self, path: Path) -> None:
+    def load(self, path: Path) -> float:
+        """Go on from what :meth:`save` wrote; returns its seconds."""
         tensors = load_file(path, device=str(self.master[0].device))
-        self.steps = int(tensors["steps"])
+        self.steps, self.samples = int(tensors["steps"]), int(tensors["samples"])
         for name, master, mean, work in zip(self.names, self.master, self.mean, self.work, strict=True):
             master.copy_(tensors[f"master/{name}"])
             mean.copy_(tensors[f"mean/{name}"])
@@ -184,6 +201,14 @@ class Learner:
                 self.muon.momenta[master].copy_(tensors[f"momentum/{name}"])
         for name, value in self.module.named_buffers():
             value.copy_(tensors[f"buffer/{name}"])
+        return float(tensors["seconds"])
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that is there whole or, after a break, as it was before."""
+    partial = path.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial)
+    partial.replace(path)
 
 
 def is_inner_matrix(name: str, parameter: Tensor) -> bool:
@@ -197,11 +222,14 @@ def schedule(share: float, steps: int, warm_up: int = 200) -> float:
 
 
 class Clock:
-    """The seconds a stage has used over all calls, and how many it may use in all and in this call."""
+    """The seconds a stage has used over all calls, and how many it may use in all and in this call.
 
-    def __init__(self, log: Log, stage: str, total: float, call_ends: float):
-        self.log, self.stage, self.total, self.call_ends = log, stage, total, call_ends
-        self.before = log.seconds(stage)
+    ``finished`` once :meth:`steps` ended because all seconds were used, not because the call was over.
+    """
+
+    def __init__(self, total: float, call_ends: float):
+        self.total, self.call_ends = total, call_ends
+        self.before, self.finished = 0.0, False
         self.started = time.monotonic()
 
     @property
@@ -212,16 +240,23 @@ class Clock:
     def share(self) -> float:
         return min(1.0, self.used / self.total)
 
-    @property
-    def finished(self) -> bool:
-        return self.used >= self.total
+    def steps(self, learner: Learner, state: Path) -> Iterator[int]:
+        """Counts until the stage or the call is over, from where ``state`` was saved; saves there what was learnt.
 
-    def steps(self) -> Iterator[int]:
-        """Counts until the stage or the call is over."""
-        count = 0
-        while not self.finished and time.monotonic() < self.call_ends:
+        The seconds used are those of the saved weights: what a killed call did after its last save is done again.
+        """
+        if state.exists():
+            self.before = learner.load(state)
+        count, saved = 0, time.monotonic()
+        while self.used < self.total and time.monotonic() < self.call_ends:
             yield count
             count += 1
+            if time.monotonic() - saved >= SAVE_EVERY:
+                learner.save(state, self.used)
+                saved = time.monotonic()
+        seconds = self.used
+        self.finished = seconds >= self.total
+        learner.save(state, seconds)
 
 
 class Log:
@@ -229,18 +264,13 @@ class Log:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def add(self, stage: str, seconds: float, **values) -> None:
         rounded = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
         entry = {"stage": stage, "seconds": round(seconds, 1)} | rounded
-        self.entries.append(entry)
         with open(self.path, "a") as file:
             file.write(json.dumps(entry) + "\n")
         print(*(f"{key} {value}" for key, value in entry.items()), sep="  ", flush=True)
-
-    def seconds(self, stage: str) -> float:
-        return max((entry["seconds"] for entry in self.entries if entry["stage"] == stage), default=0.0)
 
 
 @torch.no_grad()

@@ -95,21 +95,15 @@ def train(folder, pools: list[Latents], clock: Clock, log: Log, begin_with: dict
     alpha_bar, empty = module.alpha_bar, tokenise([""]).to(device)
     module.to(device).bfloat16().alpha_bar = alpha_bar
     learner = Learner(module, lambda values, tokens: loss_of(module, values, tokens, empty), RATE, average=0.9995)
-    state = folder / "denoiser.safetensors"
-    if state.exists():
-        learner.load(state)
-    total, seen = torch.zeros((), device=device), 0
-    for step in clock.steps():
+    for step in clock.steps(learner, folder / "denoiser.safetensors"):
         pool = pools[0] if step % 4 else pools[1]
         size = BATCH if step % 4 else BATCH * pools[0].values[0].numel() // pool.values[0].numel()
         chosen = torch.randint(len(pool.values), (size,), device=device)
-        total += learner.step(clock.share, pool.values[chosen], pool.tokens[chosen])
-        seen += size
+        learner.step(clock.share, pool.values[chosen], pool.tokens[chosen])
         if learner.steps % 100 == 0:
-            log.add("denoiser", clock.used, step=learner.steps, loss=(total / 100).item(), samples=seen)
-            total.zero_()
-    log.add("denoiser", clock.used, step=learner.steps, samples=seen)
-    learner.save(state)
+            loss = learner.mean_loss()
+            log.add("denoiser", clock.used, step=learner.steps, loss=loss, samples=learner.samples)
+    log.add("denoiser", clock.used, step=learner.steps, samples=learner.samples)
     return module, learner
 
 

@@ -17,9 +17,9 @@ import autoencoder
 import classifier
 import denoiser
 import torch
-from common import Clock, Log, pack_module, start_comfyui
+from common import Clock, Log, pack_module, save_whole, start_comfyui
 from data import HELD_OUT, LANDSCAPE, WIDE, Photographs, photo_pictures, world_pictures
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torchvision.utils import make_grid, save_image
 
 SETTINGS = {
@@ -55,8 +55,7 @@ def keep_latents(path: Path, module, pools) -> None:
     tensors = {}
     for i, (images, captions) in enumerate(pools):
         tensors |= {f"values{i}": autoencoder.latents(module, images), f"tokens{i}": denoiser.tokenise(captions)}
-    save_file(tensors, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    save_whole(tensors, path)
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     )
 
     def clock(stage: str) -> Clock:
-        return Clock(log, stage, settings["seconds"][stage], ends)
+        return Clock(settings["seconds"][stage], ends)
 
     kept = options.work / "latents.safetensors"
     pools = [] if kept.exists() else pictures(settings["pictures"], photographs, device, log)
@@ -125,9 +124,9 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     tokens = torch.cat([pool.tokens for pool in latents])
     state = denoiser.shipped(module, tokens) | {f"vae.{k}": v for k, v in autoencoder.shipped(auto).items()}
     weights = pack_module("adaflow.demo.weights")
-    save_file(weights.pack(state), options.out / "weights.safetensors")
-    half = {name: value.half().cpu().contiguous() for name, value in judge.state_dict().items()}
-    save_file(half, options.out / "classifier.safetensors")
+    save_whole(weights.pack(state), options.out / "weights.safetensors")
+    half = {name: value.half().cpu() for name, value in judge.state_dict().items()}
+    save_whole(half, options.out / "classifier.safetensors")
     (options.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     (options.out / "training-log.jsonl").write_text(log.path.read_text())
     return timer.finished

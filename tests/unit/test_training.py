@@ -9,7 +9,8 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "training"))
 
-from common import Clock, Learner, Log, Muon, orthogonal, schedule
+import common
+from common import Clock, Learner, Muon, orthogonal, schedule
 
 
 def small_learner() -> tuple[nn.Module, Learner]:
@@ -31,9 +32,9 @@ def test_a_resumed_training_has_the_weights_of_an_unbroken_one(tmp_path):
         whole[1].step(i / 12, *pair)
     for i, pair in enumerate(pairs[:7]):
         broken[1].step(i / 12, *pair)
-    broken[1].save(tmp_path / "state.safetensors")
+    broken[1].save(tmp_path / "state.safetensors", 7.0)
     resumed = small_learner()
-    resumed[1].load(tmp_path / "state.safetensors")
+    assert resumed[1].load(tmp_path / "state.safetensors") == 7.0
     for i, pair in enumerate(pairs[7:], 7):
         resumed[1].step(i / 12, *pair)
     expected, found = whole[1].averaged(), resumed[1].averaged()
@@ -71,9 +72,83 @@ def test_the_rate_rises_stays_and_falls():
     assert schedule(0.0, 0) < schedule(0.0, 100) < schedule(0.0, 500) == schedule(0.49, 500) > schedule(0.8, 500) > 0
 
 
-def test_a_stages_seconds_add_up_over_calls(tmp_path):
-    Log(tmp_path / "log.jsonl").add("stage", 7.0, step=3)
-    clock = Clock(Log(tmp_path / "log.jsonl"), "stage", 8.0, call_ends=float("inf"))
-    assert 7.0 <= clock.used < 8.0
+class Seconds:
+    """Stands for the module ``time``, so that each step of :func:`trained` takes a second."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def seconds(monkeypatch) -> Seconds:
+    monkeypatch.setattr(common, "time", Seconds())
+    return common.time
+
+
+def trained(seconds: Seconds, clock: Clock, state: Path, killed_after: int = 10**9) -> tuple[Learner, list[float]]:
+    """A call's learner, and the seconds used before each of its steps; a killed call gets no chance to save."""
+    learner, used = small_learner()[1], []
+    for count in clock.steps(learner, state):
+        if count == killed_after:
+            break
+        used.append(clock.used)
+        learner.step(clock.share, *batches(1)[0])
+        seconds.now += 1.0
+    return learner, used
+
+
+def test_a_stages_seconds_add_up_over_calls(tmp_path, seconds):
+    state = tmp_path / "state.safetensors"
+    first = Clock(8.0, call_ends=seconds.now + 5.0)
+    assert trained(seconds, first, state)[1] == [0.0, 1.0, 2.0, 3.0, 4.0] and not first.finished
+    seconds.now += 100.0  # between the calls
+    second = Clock(8.0, call_ends=float("inf"))
+    assert trained(seconds, second, state)[1] == [5.0, 6.0, 7.0] and second.finished
+    third = Clock(8.0, call_ends=float("inf"))
+    learner, used = trained(seconds, third, state)
+    assert used == [] and third.finished
+    assert learner.steps == 8 and learner.samples == 8 * 24
+
+
+def test_a_call_that_ends_with_the_stage_unfinished_never_counts_as_finished(tmp_path, seconds):
+    clock = Clock(80.0, call_ends=seconds.now + 7.5)
+    trained(seconds, clock, tmp_path / "state.safetensors")
+    seconds.now += 1000.0  # what follows the training takes longer than was left of it
     assert not clock.finished
-    assert Clock(Log(tmp_path / "log.jsonl"), "stage", 6.0, float("inf")).finished
+
+
+def test_a_killed_call_loses_at_most_a_minute_and_no_weights(tmp_path, seconds):
+    state = tmp_path / "state.safetensors"
+    whole, _ = trained(seconds, Clock(215.0, float("inf")), tmp_path / "whole.safetensors")
+    trained(seconds, Clock(215.0, float("inf")), state, killed_after=200)
+    seconds.now += 100.0
+    learner, used = trained(seconds, Clock(215.0, float("inf")), state)
+    assert 140.0 <= used[0] <= 200.0, "weights and seconds are those of the last save"
+    assert used[-1] == 214.0 and learner.steps == whole.steps == 215
+    for one, other in zip(whole.master, learner.master, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_broken_save_leaves_the_one_before(tmp_path, monkeypatch):
+    state = tmp_path / "state.safetensors"
+    learner = small_learner()[1]
+    learner.save(state, 7.0)
+
+    def broken(tensors, path):
+        path.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_file", broken)
+    with pytest.raises(KeyboardInterrupt):
+        learner.save(state, 8.0)
+    assert small_learner()[1].load(state) == 7.0
+
+
+def test_the_loss_is_the_mean_of_the_steps_since_the_last_one():
+    _, learner = small_learner()
+    losses = [learner.step(0.0, *pair).item() for pair in batches(7)]
+    assert learner.mean_loss() == pytest.approx(sum(losses) / 7)
+    losses = [learner.step(0.0, *pair).item() for pair in batches(3)]
+    assert learner.mean_loss() == pytest.approx(sum(losses) / 3)
