@@ -386,7 +386,7 @@ def test_save_refuses_what_it_cannot_use(folders, vae):
     assert left_in(folders) == ["clip.mp4"]
 
 
-def test_cancel_leaves_nothing_behind(folders, vae, monkeypatch):
+def test_cancel_leaves_nothing_behind_but_what_is_decoded(folders, vae, monkeypatch):
     steps = []
     monkeypatch.setattr(
         comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, preview, **_: steps.append((value, total))
@@ -401,7 +401,9 @@ def test_cancel_leaves_nothing_behind(folders, vae, monkeypatch):
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         save(latent, vae=vae, fps=5, chunk=2)
     assert steps == [(2, 9), (4, 9)]
-    assert left_in(folders / "output") == []
+    assert left_in(folders / "output" / "video") == []
+    (run,) = (folders / "output" / "adaflow_runs").glob("save-*")
+    assert left_in(run) == ["frames-00000-000.safetensors", "frames-00000-001.safetensors", "lock", "manifest.json"]
     steps.clear()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         encode(torch.rand(9, 16, 16, 3), vae, 2)
