@@ -52,8 +52,9 @@ def loss_of(module: Autoencoder, images: Tensor) -> Tensor:
 
 
 def draw(pools: list[Tensor], size: int, count: int, side: int | None) -> Tensor:
-    """Pictures, or one square of each, of one of the sizes."""
+    """Pictures, or one square of each, of one of the sizes; no more than there are."""
     pool = pools[size]
+    count = min(count, len(pool))
     chosen = torch.randint(len(pool), (count,), device=pool.device)
     if side is None:
         return pool[chosen]
@@ -62,22 +63,22 @@ def draw(pools: list[Tensor], size: int, count: int, side: int | None) -> Tensor
 
 
 def train(folder, pools: list[Tensor], clock: Clock, log: Log, device, begin_with: dict) -> Autoencoder | None:
-    """The trained autoencoder in bfloat16; None when the call ends before the training does.
+    """The trained autoencoder in float32; None when the call ends before the training does.
 
     Args:
         pools: uint8 pictures of two sizes, (n, 3, h, w) each.
         begin_with: packed weights, or none.
     """
     module = Autoencoder().to(device)
+    state, done = folder / "autoencoder.safetensors", folder / "autoencoder-mean.safetensors"
+    if done.exists():
+        module.load_state_dict(load_file(done, device=str(device)))
+        return module.eval()
     initialise(module, SILENT, torch.Generator().manual_seed(1))
     if begin_with:
         restore(module, begin_with)
     module.bfloat16().norm.float()
     learner = Learner(module, lambda images: loss_of(module, images), RATE)
-    state, done = folder / "autoencoder.safetensors", folder / "autoencoder-mean.safetensors"
-    if done.exists():
-        module.load_state_dict(load_file(done, device=str(device)))
-        return module.eval()
     for step in clock.steps(learner, state):
         learner.step(clock.share, draw(pools, *BATCHES[step % len(BATCHES)]))
         if learner.steps % 500 == 0:
@@ -85,11 +86,11 @@ def train(folder, pools: list[Tensor], clock: Clock, log: Log, device, begin_wit
     log.add("autoencoder", clock.used, step=learner.steps)
     if not clock.finished:
         return None
-    module.load_state_dict(learner.averaged())
-    settle(module.float(), pools[0])
+    module.float().load_state_dict(learner.averaged())
+    settle(module, pools[0])
     save_whole(module.state_dict(), done)
     state.unlink(missing_ok=True)
-    return module.bfloat16().eval()
+    return module
 
 
 @torch.no_grad()
@@ -119,8 +120,15 @@ def shipped(module: Autoencoder) -> dict[str, Tensor]:
     return state
 
 
+def as_shipped(packed: dict[str, Tensor], device) -> Autoencoder:
+    """What the pack makes of weights that :func:`shipped` gave, in float32, with latents of unit variance."""
+    module = Autoencoder()
+    restore(module, packed)
+    return module.to(device).eval()
+
+
 def restore(module: Autoencoder, packed: dict[str, Tensor]) -> None:
-    """Begin with weights that :func:`shipped` gave, latents of unit variance again."""
+    """Begin with weights that :func:`shipped` gave, packed under ``vae.``; latents of unit variance again."""
     state = pack_module("adaflow.demo.weights").unpack(packed, "vae.")
     state["quant_conv.weight"][:4] *= SD_SCALE
     state["quant_conv.bias"][:4] *= SD_SCALE
@@ -131,15 +139,19 @@ def restore(module: Autoencoder, packed: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def latents(module: Autoencoder, images: Tensor, batch: int = 256) -> Tensor:
     """float16 latents of unit variance, (n, 4, h/8, w/8)."""
-    return torch.cat([module.encode(as_input(part)).half() for part in images.split(batch)])
+    found = []
+    for part in images.split(batch):
+        with torch.autocast(part.device.type, torch.bfloat16):
+            found.append(module.encode(as_input(part)).half())
+    return torch.cat(found)
 
 
 @torch.no_grad()
 def held_out_psnr(module: Autoencoder, images: Tensor) -> Tensor:
-    """dB of each picture of ``images`` (n, 3, h, w), through the latents and back."""
+    """dB of each picture of ``images`` (n, 3, h, w) uint8, through the latents of a float32 module and back."""
     errors = []
     for part in images.split(128):
-        target = as_input(part)
-        out = module.decode(module.encode(target)).float().clamp(-1, 1)
-        errors.append((out - target.float()).square().flatten(1).mean(1))
+        target = part.float() / 127.5 - 1
+        out = module.decode(module.encode(target)).clamp(-1, 1)
+        errors.append((out - target).square().flatten(1).mean(1))
     return -10 * (torch.cat(errors) / 4).log10()

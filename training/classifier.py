@@ -41,7 +41,7 @@ def train(folder, images: Tensor, truth: Tensor, clock: Clock, log: Log, device)
     module.bfloat16()
     learner = Learner(module, lambda images, truth: loss_of(module, images, truth), RATE, average=0.99)
     for _ in clock.steps(learner, state):
-        chosen = torch.randint(len(images), (BATCH,), device=device)
+        chosen = torch.randint(len(images), (min(BATCH, len(images)),), device=device)
         learner.step(clock.share, images[chosen], truth[chosen])
         if learner.steps % 500 == 0:
             log.add("classifier", clock.used, step=learner.steps, loss=learner.mean_loss())

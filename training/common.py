@@ -229,8 +229,7 @@ class Clock:
 
     def __init__(self, total: float, call_ends: float):
         self.total, self.call_ends = total, call_ends
-        self.before, self.finished = 0.0, False
-        self.started = time.monotonic()
+        self.before, self.started, self.finished = 0.0, time.monotonic(), False
 
     @property
     def used(self) -> float:
@@ -248,6 +247,7 @@ class Clock:
         if state.exists():
             self.before = learner.load(state)
         count, saved = 0, time.monotonic()
+        self.started = saved  # what was set up before is not training
         while self.used < self.total and time.monotonic() < self.call_ends:
             yield count
             count += 1

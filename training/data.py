@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-HELD_OUT = 1_000_000  # seeds of the world from here on are never trained on
+HELD_OUT = 1_000_000  # seeds of the world from here on are never shown to autoencoder, UNet and text encoder
+CLASSIFIER_FIRST = 1_500_000  # the classifier learns from seeds from here on, which nothing is tried on
 LANDSCAPE, WIDE = (128, 192), (192, 320)  # pixels, height and width
 LOOKS = ("day", "night", "sunset", "autumn", "snow")
 

@@ -98,7 +98,7 @@ def train(folder, pools: list[Latents], clock: Clock, log: Log, begin_with: dict
     for step in clock.steps(learner, folder / "denoiser.safetensors"):
         pool = pools[0] if step % 4 else pools[1]
         size = BATCH if step % 4 else BATCH * pools[0].values[0].numel() // pool.values[0].numel()
-        chosen = torch.randint(len(pool.values), (size,), device=device)
+        chosen = torch.randint(len(pool.values), (min(size, len(pool.values)),), device=device)
         learner.step(clock.share, pool.values[chosen], pool.tokens[chosen])
         if learner.steps % 100 == 0:
             loss = learner.mean_loss()

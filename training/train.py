@@ -18,7 +18,7 @@ import classifier
 import denoiser
 import torch
 from common import Clock, Log, pack_module, save_whole, start_comfyui
-from data import HELD_OUT, LANDSCAPE, WIDE, Photographs, photo_pictures, world_pictures
+from data import CLASSIFIER_FIRST, HELD_OUT, LANDSCAPE, WIDE, Photographs, photo_pictures, world_pictures
 from safetensors.torch import load_file
 from torchvision.utils import make_grid, save_image
 
@@ -29,10 +29,10 @@ SETTINGS = {
     "report": {"captions": 200, "steps": 25, "guidance": 4.0},
 }
 SMALL = {
-    "seconds": {"autoencoder": 14.0, "classifier": 6.0, "denoiser": 18.0},
-    "pictures": {"world": [96, 32], "photo": [32, 16]},
-    "classifier pictures": 64,
-    "report": {"captions": 8, "steps": 4, "guidance": 4.0},
+    "seconds": {"autoencoder": 2.0, "classifier": 1.0, "denoiser": 2.0},
+    "pictures": {"world": [12, 4], "photo": [4, 4]},
+    "classifier pictures": 16,
+    "report": {"captions": 4, "steps": 2, "guidance": 4.0},
 }
 
 
@@ -60,13 +60,13 @@ def keep_latents(path: Path, module, pools) -> None:
 
 @torch.no_grad()
 def report(module, auto, judge, device, log: Log, out: Path, seconds: float, settings: dict) -> None:
-    """How well captions become pictures, by the classifier; a sheet of them to look at."""
+    """How well captions become pictures, by the classifier; a sheet of them to look at. All as it is shipped."""
     count = settings["captions"]
     scenes = world_pictures(range(HELD_OUT, HELD_OUT + count), LANDSCAPE, device)
     tokens = denoiser.tokenise(scenes.captions).to(device)
     size = (LANDSCAPE[0] // 8, LANDSCAPE[1] // 8)
     drawn = denoiser.sample(module, tokens, size, settings["steps"], settings["guidance"], 0)
-    images = (auto.decode(drawn.bfloat16()).float().clamp(-1, 1) + 1) / 2
+    images = (auto.decode(drawn).clamp(-1, 1) + 1) / 2
     bytes_ = (images * 255).round().byte()
     names = [*pack_module("adaflow.demo.judge").ATTRIBUTES, "all"]
     right = classifier.accuracy(judge, bytes_, scenes.truth)
@@ -106,11 +106,14 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     )
     if auto is None:
         return False
+    weights = pack_module("adaflow.demo.weights")
+    vae = weights.pack({f"vae.{name}": value for name, value in autoencoder.shipped(auto).items()})
+    auto = autoencoder.as_shipped(vae, device)  # so that the UNet learns on its latents, and the report is of it
     if pools:
         keep_latents(kept, auto, pools)
         del pools
-    first = HELD_OUT + 500_000
-    scenes = world_pictures(range(first, first + settings["classifier pictures"]), LANDSCAPE, device)
+    seeds = range(CLASSIFIER_FIRST, CLASSIFIER_FIRST + settings["classifier pictures"])
+    scenes = world_pictures(seeds, LANDSCAPE, device)
     judge = classifier.train(options.work, scenes.images, scenes.truth, clock("classifier"), log, device)
     del scenes
     if judge is None:
@@ -120,13 +123,13 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     timer = clock("denoiser")
     module, learner = denoiser.train(options.work, latents, timer, log, begin_with)
     module = denoiser.averaged(module, learner)
-    report(module, auto, judge, device, log, options.out, timer.used, settings["report"])
     tokens = torch.cat([pool.tokens for pool in latents])
-    state = denoiser.shipped(module, tokens) | {f"vae.{k}": v for k, v in autoencoder.shipped(auto).items()}
-    weights = pack_module("adaflow.demo.weights")
-    save_whole(weights.pack(state), options.out / "weights.safetensors")
+    packed = weights.pack(denoiser.shipped(module, tokens)) | vae
+    save_whole(packed, options.out / "weights.safetensors")
     half = {name: value.half().cpu() for name, value in judge.state_dict().items()}
     save_whole(half, options.out / "classifier.safetensors")
+    denoiser.restore(module, packed)
+    report(module, auto, judge, device, log, options.out, timer.used, settings["report"])
     (options.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     (options.out / "training-log.jsonl").write_text(log.path.read_text())
     return timer.finished

@@ -1,16 +1,24 @@
 """The parts of ``training/`` that decide whether a broken training goes on as if it had not been broken."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from adaflow_pack.adaflow.demo.weights import pack, unpack
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "training"))
 
 import common
 from common import Clock, Learner, Muon, orthogonal, schedule
+
+TRAINING = Path(common.__file__).parent
 
 
 def small_learner() -> tuple[nn.Module, Learner]:
@@ -152,3 +160,35 @@ def test_the_loss_is_the_mean_of_the_steps_since_the_last_one():
     assert learner.mean_loss() == pytest.approx(sum(losses) / 7)
     losses = [learner.step(0.0, *pair).item() for pair in batches(3)]
     assert learner.mean_loss() == pytest.approx(sum(losses) / 3)
+
+
+def python(*arguments) -> str:
+    """What a Python beside the training's modules prints."""
+    environment = os.environ | {"PYTHONPATH": str(TRAINING), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def small_training(tmp_path_factory) -> Path:
+    """A folder with ``work`` and ``out`` of a whole training of few pictures and steps."""
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH names no ComfyUI; scripts/test sets one up")
+    base, draw = tmp_path_factory.mktemp("training"), np.random.default_rng(0)
+    (base / "photos").mkdir()
+    for number in range(3):
+        coarse = Image.fromarray(draw.integers(0, 255, (8, 12, 3), dtype=np.uint8))
+        coarse.resize((300, 200)).save(base / "photos" / f"{number}.jpg")
+    folders = ["--photos", base / "photos", "--work", base / "work", "--out", base / "out"]
+    assert "all is trained" in python(TRAINING / "train.py", "--small", *folders)
+    return base
+
+
+def test_the_shipped_autoencoder_is_the_float32_mean_rounded_once(small_training):
+    mean = load_file(small_training / "work" / "autoencoder-mean.safetensors")
+    mean = {name[3:]: value for name, value in mean.items() if name.startswith("kl.") and "quant_conv" not in name}
+    shipped = unpack(load_file(small_training / "out" / "weights.safetensors"), "vae.")
+    for name, value in unpack(pack(mean)).items():
+        assert torch.equal(value, shipped[name]), name
