@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 import torch
 from common import ROOT, pack_module, start_comfyui
 from data import HELD_OUT, truth_of
+from inverting import invert
 from provenance import commit, machine
 from quality_report import EACH, INTERPOLATED, NOT_INJECTED, OWN, SHORT, TOKENFLOW
 from torch import Tensor
@@ -214,28 +215,10 @@ class Source:
         latents = bench.encode(rendered.images)
         self.decoded = bench.decode(latents)
         self.flow, self.visible = clip.flow(0, len(clip) - 1, bench.options.height, bench.options.width, bench.device)
-        self.trajectory, self.descriptors = self._invert(latents, bench.prompt(caption))
+        self.trajectory, self.descriptors, _ = invert(
+            bench.model, bench.prompt(caption), latents, bench.options.inversion_steps, bench.folder, WHERE, bench.chunk
+        )
         self._plans: dict[str, object] = {}
-
-    def _invert(self, latents: Tensor, prompt):
-        bench = self.bench
-        families, inversion = pack_module("nodes.patching.families"), pack_module("nodes.patching.inversion")
-        trajectories, descriptors = pack_module("adaflow.trajectory"), pack_module("adaflow.descriptors")
-        sigmas = inversion.inversion_sigmas(bench.model, bench.options.inversion_steps)
-        signature = families.model_signature(bench.model, WHERE)
-        fingerprint = trajectories.clip_fingerprint(latents)
-        identity = trajectories.trajectory_identity(latents.shape, sigmas, signature, fingerprint, torch.float32)
-        run = pack_module("adaflow.runs").open_run(bench.folder, "inversion", identity, afresh=True)
-        path = run.path("descriptors.safetensors")
-        shape = (len(latents), inversion.descriptor_channels(bench.model, WHERE), *latents.shape[2:])
-        slice_rgb = latents.new_zeros(len(latents), latents.shape[2], 3)
-        writer = descriptors.DescriptorWriter(path, shape, signature, fingerprint, run.key, slice_rgb, torch.float32)
-        levels = trajectories.TrajectoryWriter(run)
-        steps, chunk = bench.options.inversion_steps, bench.chunk
-        inversion.invert(bench.model, prompt, latents, steps, levels, writer, WHERE, bench.text, chunk)
-        trajectory = trajectories.Trajectory(run)
-        trajectory.source = prompt
-        return trajectory, descriptors.Descriptors(path, run)
 
     def plan(self, cut: str):
         """Clips and keyframes; one for all edits, since matches are kept in it."""

@@ -3,7 +3,8 @@
     COMFYUI_PATH=/path/to/ComfyUI python training/evaluate.py [--clips FILE ...] --out FILE
 
 Prints and writes: captions drawn from noise and read by the classifier; the autoencoder on frames of the world that
-it was never trained on, and on the clips; each clip inverted, sampled back and compared with the autoencoder's output.
+it was never trained on, and on the clips; each clip inverted as AdaFlow DDIM Invert does, sampled back and compared
+with the autoencoder's output.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from common import ROOT, pack_module, start_comfyui
 from data import HELD_OUT, LANDSCAPE, world_pictures
+from inverting import invert
 from torch import Tensor
 
 FIRST = HELD_OUT + 200_000  # seeds that no stage of the training has met
@@ -61,7 +64,9 @@ def draw_captions(model, clip, vae, judge, count: int, steps: int, guidance: flo
         read.append(torch.stack(judge.read(vae.decode(latent).movedim(-1, 1)), 1))
     right, asked = torch.cat(read) == scenes.truth, scenes.truth >= 0
     names = pack_module("adaflow.demo").ATTRIBUTES
-    shares = {name: (right & asked)[:, i].sum().item() / asked[:, i].sum().item() for i, name in enumerate(names)}
+    shares = {
+        name: (right & asked)[:, i].sum().item() / max(1, asked[:, i].sum().item()) for i, name in enumerate(names)
+    }
     return shares | {"all that is named": (right | ~asked).all(1).float().mean().item()}
 
 
@@ -69,11 +74,10 @@ def invert_and_back(model, clip, vae, images: Tensor, prompt: str, steps: int) -
     """The autoencoder on a clip, and inversion followed by sampling with the same prompt, both against the clip; dB."""
     import comfy.samplers
 
-    inversion = pack_module("nodes.patching.inversion")
     latents, decoded = through(vae, images)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    up = torch.tensor(inversion.inversion_sigmas(model, steps))
-    noisy = sampled(model, conditioning, latents, up)
+    with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
+        _, _, noisy = invert(model, conditioning, latents, steps, Path(folder), "evaluate")
     down = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "ddim_uniform", steps)
     back = torch.cat([vae.decode(part) for part in sampled(model, conditioning, noisy, down).split(16)])
     mean = statistics.mean
@@ -102,17 +106,20 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=200, help="pictures drawn from noise")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=50, help="of inversion and sampling; half of them from noise")
+    parser.add_argument("--weights", type=Path, default=ROOT / "demo_model" / "weights.safetensors")
+    parser.add_argument("--judge", type=Path, default=ROOT / "demo_model" / "classifier.safetensors")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     started = time.monotonic()
     start_comfyui()
-    model, clip, vae = pack_module("nodes.patching.demo_model").load_demo_model()
-    judge = pack_module("adaflow.demo.judge").load_judge(ROOT / "demo_model" / "classifier.safetensors")
+    model, clip, vae = pack_module("nodes.patching.demo_model").load_demo_model(options.weights)
+    judge = pack_module("adaflow.demo.judge").load_judge(options.judge)
     scenes = world_pictures(range(FIRST, FIRST + options.pictures), LANDSCAPE, "cpu")
     images = scenes.images.movedim(1, -1).float() / 255
     values = psnr(through(vae, images)[1], images)
     styles, shown = pack_module("adaflow.demo").ATTRIBUTES["style"], scenes.truth[:, -1].tolist()
-    by_style = {s: statistics.mean(v for v, k in zip(values, shown, strict=True) if styles[k] == s) for s in styles}
+    of_style = {s: [v for v, k in zip(values, shown, strict=True) if styles[k] == s] for s in styles}
+    by_style = {style: statistics.mean(found) for style, found in of_style.items() if found}
     results = {"autoencoder, world, dB": {"all": statistics.mean(values)} | by_style}
     print(json.dumps(results), flush=True)
     for path in options.clips:

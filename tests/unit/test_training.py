@@ -1,5 +1,6 @@
 """The parts of ``training/`` that decide whether a broken training goes on as if it had not been broken."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from adaflow_pack.adaflow.demo.weights import pack, unpack
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from video_files import make
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "training"))
 
@@ -192,3 +194,38 @@ def test_the_shipped_autoencoder_is_the_float32_mean_rounded_once(small_training
     shipped = unpack(load_file(small_training / "out" / "weights.safetensors"), "vae.")
     for name, value in unpack(pack(mean)).items():
         assert torch.equal(value, shipped[name]), name
+
+
+RECORDED = """
+import json, sys, evaluate, torch
+
+def recorded(model, *rest, original=evaluate.invert_and_back):
+    def wrapper(apply, call):
+        seen.append(float(call["timestep"][0]))
+        return apply(call["input"], call["timestep"], **call["c"])
+
+    seen, model = [], model.clone()
+    model.set_model_unet_function_wrapper(wrapper)
+    return original(model, *rest) | {"seen": seen}
+
+evaluate.invert_and_back = recorded
+with torch.inference_mode():
+    evaluate.main()
+"""
+
+
+def test_trained_weights_are_evaluated_with_the_packs_inversion(small_training, tmp_path):
+    make(tmp_path / "clip.mp4", frames=2, size=(64, 64))
+    weights = ["--weights", small_training / "out" / "weights.safetensors"]
+    judge = ["--judge", small_training / "out" / "classifier.safetensors"]
+    small = ["--width", 64, "--frames", 2, "--pictures", 4, "--captions", 2, "--steps", 2]
+    files = ["--clips", tmp_path / "clip.mp4", "--out", tmp_path / "found.json"]
+    python("-c", RECORDED, *weights, *judge, *small, *files)
+    found = json.loads((tmp_path / "found.json").read_text())
+    log = (small_training / "out" / "training-log.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["stage"] == "autoencoder on held-out world"
+    assert found["captions drawn from noise"]["count"] == 2
+    clip = found["clip.mp4, dB"]
+    first, second, *back = clip["seen"]  # noise levels that the network was told
+    assert first < second and back == [second, first], "the way up sees the level that it goes to"
+    assert all(np.isfinite(value) for name, value in clip.items() if name != "seen")
