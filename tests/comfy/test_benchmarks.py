@@ -34,3 +34,24 @@ def test_attention(root, tmp_path):
     result = run(root, tmp_path, "attention.py", "--small")
     assert [row["tokens"] for row in result["rows"]] == [15, 6]
     assert all(row["difference"] < 1e-3 for row in result["rows"])
+
+
+def test_edit_quality(root, tmp_path):
+    """Two calls with other settings each fill the same piece, of which the report makes its table."""
+    sys.path.append(str(root / "benchmarks"))
+    import quality_report
+
+    command = [sys.executable, str(root / "benchmarks" / "edit_quality.py"), "--small", "--pieces", str(tmp_path)]
+    command += ["--commit", "given", "--edits", "foreground", "--frames", "4", "--budgets", "1"]
+    chosen = ["frame by frame", quality_report.SHORT.format(1)]
+    for name in chosen:
+        done = subprocess.run([*command, "--settings", name], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    _, (piece,) = quality_report.read_pieces(tmp_path)
+    settings = [name for name in piece["measures"] if any(part in name for part in chosen)]
+    base = [quality_report.TRUTH, quality_report.CEILING, quality_report.NO_EDIT]
+    assert list(piece["measures"]) == base + settings and len(settings) == 4  # injected or not, blended or not
+    assert set(piece["seconds"]) == set(settings)
+    assert all(0 < piece["measures"][name]["warping"] < 1 for name in piece["measures"])
+    assert all(5 < piece["measures"][name]["psnr"] < 60 for name in settings)
+    assert quality_report.table([piece]).count("\n") == 1 + len(piece["measures"])
