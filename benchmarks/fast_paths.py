@@ -129,7 +129,7 @@ def main() -> None:
         if DEVICE == "cuda":
             operations(report, torch.float16, 1e-3)
             operations(report, torch.bfloat16, 8e-3)
-            model = random_model(SD2_FULL, "eps", 0, torch.float16)
+            model = random_model(SD2_FULL, "eps", 0, torch.float16, draw_on="cuda")
             model.model.diffusion_model.out[-1].weight.mul_(0.5)
             source = [[torch.randn(1, 77, 1024), {}]]
             graph = Graph("sd2", latent=clip_latent(48, (48, 84)), steps=1, model=model, source=source)

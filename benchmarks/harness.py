@@ -65,14 +65,15 @@ def peak_gib() -> float:
 
 
 @contextmanager
-def measured(results: dict, name: str):
-    """Put seconds and peak GPU memory of a block into ``results``."""
+def measured(results: dict, name: str, ballast: float = 0.0):
+    """Put seconds and peak GPU memory of a block into ``results``, less ``ballast`` GiB that the benchmark holds."""
     reset_peak()
     synchronize()
     started = time.perf_counter()
     yield
     synchronize()
-    results[name] = {"seconds": round(time.perf_counter() - started, 3), "peak GiB": round(peak_gib(), 2)}
+    seconds, peak = time.perf_counter() - started, peak_gib() - ballast
+    results[name] = {"seconds": round(seconds, 3), "peak GiB": round(peak, 2)}
     print(f"{name}: {results[name]['seconds']:.2f} s, {results[name]['peak GiB']:.2f} GiB", flush=True)
 
 

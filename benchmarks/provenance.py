@@ -1,5 +1,6 @@
 """What a result must say of where it comes from."""
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -10,6 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@functools.cache
 def commit(given: str | None = None) -> str:
     """Of the working tree; where it is no clone, ``given``, or "unknown"."""
     try:
@@ -19,6 +21,7 @@ def commit(given: str | None = None) -> str:
         return given or "unknown"
 
 
+@functools.cache
 def machine() -> dict[str, str]:
     """The GPU, if any, and the versions that matter for speed."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"

@@ -4,6 +4,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.supported_models
 import comfy.supported_models_base
 import torch
 
@@ -65,16 +66,16 @@ class _SDXL(comfy.model_base.SDXL):
         self.noise_augmentor = None
 
 
-def initialise(module: torch.nn.Module, seed: int) -> None:
-    """Fan-in scaled normal weights, everywhere: nothing is zero, so that nothing hides."""
-    generator = torch.Generator().manual_seed(seed)
+def initialise(module: torch.nn.Module, seed: int, draw_on="cpu") -> None:
+    """Fan-in scaled normal weights, everywhere: nothing is zero, so that nothing hides. Values differ by ``draw_on``."""
+    generator = torch.Generator(draw_on).manual_seed(seed)
     for name, parameter in module.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
+        values = torch.randn(parameter.shape, generator=generator, device=draw_on)
         if parameter.ndim > 1:
             values /= parameter[0].numel() ** 0.5
         else:
             values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
-        parameter.data = values.to(parameter.dtype)
+        parameter.data = values.to(parameter)
         parameter.requires_grad_(False)
 
 
@@ -83,14 +84,16 @@ def small_model(shape: str = "sd1", seed: int = 0, device=None):
     return random_model(*SHAPES[shape], seed, torch.float32, device)
 
 
-def random_model(unet_config: dict, prediction: str, seed: int, dtype: torch.dtype, device=None):
-    """A ModelPatcher on a random UNet."""
+def random_model(unet_config: dict, prediction: str, seed: int, dtype: torch.dtype, device=None, draw_on="cpu"):
+    """A ModelPatcher on a random UNet; at full size it takes a minute to draw it on the CPU, on a GPU a second."""
     config = _Config(dict(unet_config))
+    family = comfy.supported_models.SDXL if "num_classes" in unet_config else comfy.supported_models.SD20
+    config.memory_usage_factor = family.memory_usage_factor  # SD 1.x has that of 2.x
     config.prediction = prediction
     config.unet_config["dtype"] = dtype
     device = device or comfy.model_management.get_torch_device()
     model = config.get_model({}, device=torch.device("cpu"))
-    initialise(model.diffusion_model, seed)
+    initialise(model.diffusion_model, seed, draw_on)
     model.eval()
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 

@@ -240,6 +240,6 @@ def test_generated_code_equals_plain_on_a_gpu_at_full_size(blocks, monkeypatch):
 
 
 def full_size_model():
-    model = random_model(SD2_FULL, "eps", 0, torch.float16)
+    model = random_model(SD2_FULL, "eps", 0, torch.float16, draw_on="cuda")
     model.model.diffusion_model.out[-1].weight.mul_(0.5)
     return model

@@ -87,7 +87,7 @@ def test_the_attention_kernel_equals_the_oracle(dtype, tolerance, heads, channel
 def full_size():
     """SD 2.1's UNet with random weights, half precision, and the clip that it inverted at 384x672."""
     with torch.inference_mode():
-        model = random_model(SD2_FULL, "eps", 0, torch.float16)
+        model = random_model(SD2_FULL, "eps", 0, torch.float16, draw_on="cuda")
         model.model.diffusion_model.out[-1].weight.mul_(0.5)
         context = [[torch.randn(1, 77, 1024, generator=torch.Generator().manual_seed(4)), {}]]
         graph = Graph("sd2", latent=clip_latent(240, (48, 84)), steps=2, model=model, source=context)
@@ -105,7 +105,7 @@ def one_step(graph, plan, shares, model=None, **changes):
 def test_half_precision_at_full_size(full_size):
     plan = select(full_size.descriptors, -1.0, -1.0, max_clip=24, mode="fixed")
     half = one_step(full_size, plan, (1.0, 1.0))
-    single = random_model(SD2_FULL, "eps", 0, torch.float32)
+    single = random_model(SD2_FULL, "eps", 0, torch.float32, draw_on="cuda")
     single.model.diffusion_model.load_state_dict(full_size.model.model.diffusion_model.state_dict())
     found = oracles.relative_error(half, one_step(full_size, plan, (1.0, 1.0), model=single))
     RESULTS["one step at full size, float16 against float32"] = found
