@@ -8,8 +8,8 @@ on the values of weights or latents; clips are cut evenly, keyframes drawn anew 
 
 Of the inversion and of both kinds of editing step a few are measured, after a first one that does not count (it
 matches, compiles and warms up), and the whole is the sum of 50 + 50 steps of them: named "extrapolated". ``--full``
-runs every step instead. The inversion is made once for all cases. The file is written after each stage; a case that
-was broken off lacks what comes after, and one that failed says why.
+runs every step instead. The inversion is made once for all cases. The file is written after each stage and step; a case
+that was broken off lacks what comes after, and one that failed says why.
 """
 
 import argparse
@@ -61,10 +61,12 @@ class StepClock:
     Attributes:
         ballast: GiB held by the benchmark itself, taken off every peak.
         profiles: by number of the step whose kernels go into it; its time is longer for that.
+        save: called after each step.
     """
 
     ballast: float = 0.0
     profiles: dict[int, dict] = field(default_factory=dict)
+    save: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
 
@@ -81,6 +83,7 @@ class StepClock:
             self.seconds.append(round(time.perf_counter() - started, 3))
             self.peaks.append(round(peak_gib() - self.ballast, 2))
             print(f"  step {len(self.seconds)}: {self.seconds[-1]:.2f} s, {self.peaks[-1]:.2f} GiB", flush=True)
+            self.save()
         return x
 
 
@@ -224,7 +227,7 @@ class Bench:
         model = AdaFlowPatchModel.execute(
             model, plan, self.trajectory, share, share, False, case.chunk, compile=case.compiled
         ).args[0]
-        clock = StepClock(ballast, {injecting - 1: {}, steps - 1: {}} if profiling else {})
+        clock = StepClock(ballast, {injecting - 1: {}, steps - 1: {}} if profiling else {}, self.save)
         out["seconds of each step"], out["peak GiB of each step"] = clock.seconds, clock.peaks
         sigmas = torch.tensor([*list(reversed(self.trajectory.sigmas))[:steps], 0.0])
         comfy.sample.sample_custom(

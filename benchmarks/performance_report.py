@@ -9,6 +9,7 @@ Reads ``benchmarks/results``: ``h100-performance-*.json``, ``h100-attention.json
 import json
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,11 +22,24 @@ PUBLISHED = {
 }
 TOKENFLOW_FAILS = 560
 INJECTING, PAST = "step injecting", "step past injection"
+INVERSION, FURTHER = "inversion, first step, descriptors taken", "inversion, each further step"
+MATCHING = "matching, 50 draws"
+MANY = 400  # keyframes in one joint pass
+SHARES = 40, 10  # steps of either kind in an edit
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measured edit: seconds of a step, GiB, minutes of the whole; None where that was not measured."""
+    """One measured edit; None is what was not measured.
+
+    Attributes:
+        memory: GiB that the GPU was made to have; 0: all.
+        injecting, past: seconds of a step.
+        peak: GiB, of the steps.
+        peak_of_all: GiB, of the inversion, selection and matching too.
+        minutes: of the whole.
+        matching: seconds of matching for 50 draws and of taking descriptors.
+    """
 
     file: str
     kind: str
@@ -36,6 +50,14 @@ class Case:
     past: float
     peak: float
     minutes: float | None
+    memory: float = 0.0
+    peak_of_all: float = 0.0
+    matching: float | None = None
+
+    @property
+    def editing(self) -> float:
+        """Seconds of 50 steps."""
+        return SHARES[0] * self.injecting + SHARES[1] * self.past
 
 
 def read(name: str) -> dict | None:
@@ -54,16 +76,30 @@ def cases() -> list[Case]:
         found.append(Case(path.name, "earlier", old["frames"], old["clips"], old["budget"], *seconds, peak, None))
     for path in sorted(RESULTS.glob("h100-performance-*.json")):
         result = json.loads(path.read_text())
-        options = result["options"]
-        for case in result["cases"]:
-            kind = "compiled" if case["compiled"] else "eager"
-            if options["memory"]:
-                kind += f", on {options['memory']:g} GiB"
-            seconds = case[INJECTING]["seconds"], case[PAST]["seconds"]
-            minutes = case.get("extrapolated, whole edit in minutes")
-            sizes = options["frames"], case["keyframes"], case["budget"]
-            found.append(Case(path.name, kind, *sizes, *seconds, case["peak GiB"], minutes))
+        found += [measured_case(path.name, result, case) for case in result.get("cases", []) if PAST in case]
     return found
+
+
+def measured_case(file: str, result: dict, case: dict) -> Case:
+    """One of those in a result of performance.py, whole as far as its steps go."""
+    options = result["options"]
+    kind, memory = "compiled" if case["compiled"] else "eager", case.get("memory", options["memory"])
+    if memory:
+        kind += f", on {memory:g} GiB"
+    peaks = [part["peak GiB"] for part in case.values() if isinstance(part, dict) and "peak GiB" in part]
+    if options["memory"] == memory:
+        peaks += [
+            part["peak GiB"] for name, part in result.items() if name.startswith("inversion") and "peak GiB" in part
+        ]
+    matching = None
+    if MATCHING in case and INVERSION in result:
+        taking = result[INVERSION]["seconds"] - result[FURTHER]["seconds"]
+        matching = case[MATCHING]["seconds"] + max(0.0, taking)
+    return Case(
+        file, kind, options["frames"], case["keyframes"], case["budget"], case[INJECTING]["seconds"],
+        case[PAST]["seconds"], case["peak GiB"], case.get("extrapolated, whole edit in minutes"), memory,
+        max(case["peak GiB"], *peaks), matching,
+    )  # fmt: skip
 
 
 def table(head: list[str], rows: list[list]) -> str:
@@ -84,6 +120,52 @@ def case_table(found: list[Case]) -> str:
     ]  # fmt: skip
     head = ["", "frames", "keyframes", "budget", "step injecting, s", "past injection, s", "peak GiB", "whole, min"]
     return table(head, rows)
+
+
+def one_of(found: list[Case], kind: str, frames: int = 1000, keyframes: int | None = None) -> Case | None:
+    """The case of that kind at budget 20 and, by default, 40 keyframes for each 1000 frames; one with a whole first."""
+    keyframes = keyframes or frames // 25
+    fitting = [c for c in found if (c.kind, c.frames, c.keyframes, c.budget) == (kind, frames, keyframes, 20)]
+    return min(fitting, key=lambda case: case.minutes is None, default=None)
+
+
+def target_table(found: list[Case]) -> str:
+    """What was to be reached beside what was, at 1000 frames, 40 keyframes and a budget of 20 unless it says else."""
+    rows = []
+
+    def add(what: str, published: str, target: float, reached: float | None, unit: str, digits: int = 1) -> None:
+        got = "not measured" if reached is None else f"{reached:.{digits}f}{unit}"
+        verdict = "" if reached is None else "yes" if reached <= target else "**no**"
+        rows.append([what, published, f"{target:g}{unit}", got, verdict])
+
+    eager, compiled = one_of(found, "eager"), one_of(found, "compiled")
+    six, four = one_of(found, "eager, on 6 GiB"), one_of(found, "eager, on 4 GiB")
+    long = one_of(found, "eager", 4000)
+    many = next((c for c in found if c.kind == "eager" and c.keyframes == MANY and c.budget == 20), None)
+    limits = [("eager", eager, 6.0, 5.2, 7.5), ("compiled", compiled, 4.5, 3.8, 5.5)]
+    for kind, case, injecting, _, _ in limits:
+        add(f"step injecting, {kind}", "31.1 s", injecting, case and case.injecting, " s", 2)
+    for kind, case, _, past, _ in limits:
+        add(f"step past injection, {kind}", "28.7 s", past, case and case.past, " s", 2)
+    for kind, case, _, _, minutes in limits:
+        add(f"inversion, selection and 50 steps, {kind}", "about 32 min", minutes, case and case.minutes, " min")
+    add("descriptors and matching, 50 draws", "77 s", 15, eager and eager.matching, " s")
+    add("peak GPU memory", "26.2 GiB", 6, eager and eager.peak_of_all, " GiB")
+    if six:
+        add("the same, on a GPU made to have 6 GiB", "26.2 GiB", 6, six.peak_of_all, " GiB")
+        add("50 steps of editing there", "25.5 min", 292, six.editing, " s")
+    add("peak GPU memory in a low-memory setting, a GPU made to have 4 GiB", "-", 4, four and four.peak_of_all, " GiB")
+    add("50 steps there, against the whole GPU", "-", 1.5, four and eager and four.editing / eager.editing, " times", 2)
+    frames = f", {many.frames} frames" if many else ""
+    add(
+        f"peak GPU memory of {MANY} keyframes in one joint pass{frames}", "does not fit", 16, many and many.peak, " GiB"
+    )
+    both = long is not None and eager is not None
+    per_frame = (long.editing / long.frames) / (eager.editing / eager.frames) if both else None
+    add("time for each frame of a step, 4000 frames against 1000", "-", 1.1, per_frame, " times", 2)
+    add("peak GPU memory of a step, 4000 frames against 1000", "TokenFlow ends at about 560 frames", 1.1,
+        long.peak / eager.peak if both else None, " times", 2)  # fmt: skip
+    return table(["", "published", "to reach, at most", "reached", "met"], rows)
 
 
 def attention_table() -> str:
@@ -140,11 +222,13 @@ def profile_table() -> str:
     parts = []
     for path in sorted(RESULTS.glob("h100-performance-*.json")):
         result = json.loads(path.read_text())
-        for case in result["cases"]:
-            families = case.get("a step past injection, profiled", {}).get("seconds by family")
+        for case, (what, step) in product(
+            result.get("cases", []), {"injecting": INJECTING, "past injection": PAST}.items()
+        ):
+            families = case.get(f"a {step}, profiled", {}).get("seconds by family")
             if families:
                 kind = "compiled" if case["compiled"] else "eager"
-                title = f"{result['options']['frames']} frames, {case['keyframes']} keyframes, {kind}:"
+                title = f"{result['options']['frames']} frames, {case['keyframes']} keyframes, {kind}, {what}:"
                 parts.append(title + "\n\n" + table(["kernels", "seconds"], list(families.items())))
     return "\n\n".join(parts) or MISSING
 
@@ -194,8 +278,10 @@ def write_section(page: str, name: str, content: str) -> str:
 
 def sections() -> dict[str, str]:
     """The page's parts, by the name in their markers."""
+    found = cases()
     return {
-        "cases": case_table(cases()),
+        "targets": target_table(found),
+        "cases": case_table(found),
         "profile": profile_table(),
         "attention": attention_table(),
         "fast paths": fast_path_table(),

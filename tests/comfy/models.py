@@ -67,7 +67,7 @@ class _SDXL(comfy.model_base.SDXL):
 
 
 def initialise(module: torch.nn.Module, seed: int, draw_on="cpu") -> None:
-    """Fan-in scaled normal weights, everywhere: nothing is zero, so that nothing hides. Values differ by ``draw_on``."""
+    """Fan-in scaled normal weights, everywhere: nothing is zero, so that nothing hides. ``draw_on`` changes them."""
     generator = torch.Generator(draw_on).manual_seed(seed)
     for name, parameter in module.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, device=draw_on)

@@ -18,15 +18,31 @@ def run(root, tmp_path, script: str, *arguments: str) -> dict:
 
 
 def test_performance(root, tmp_path):
-    arguments = ["--small", "--frames", "8", "--keyframes", "2", "4", "--budgets", "2", "--steps", "1"]
+    arguments = ["--small", "--frames", "8", "--cases", "2:2", "4:2:eager:3:2", "--steps", "1"]
     result = run(root, tmp_path, "performance.py", *arguments)
     assert [case["keyframes"] for case in result["cases"]] == [2, 4]
+    assert [(case["memory"], case["chunk"], case["compiled"]) for case in result["cases"]] == [
+        (0, 0, False),
+        (3, 2, False),
+    ]
+    first, further = (
+        result[f"inversion, {part}"]["seconds"] for part in ("first step, descriptors taken", "each further step")
+    )
+    assert first + 2 * further == pytest.approx(result["inversion, 3 steps, descriptors taken"]["seconds"], abs=0.01)
     for case in result["cases"]:
         assert len(case["seconds of each step"]) == 3  # one that does not count, one of each kind
         assert case["step injecting"]["seconds"] == case["seconds of each step"][1]
         assert case["step past injection"]["seconds"] == case["seconds of each step"][2]
         whole = sum(case["extrapolated, seconds"].values()) / 60
         assert case["extrapolated, whole edit in minutes"] == pytest.approx(whole, abs=0.02)
+
+
+def test_performance_without_matching_tells_no_whole_and_begins_nothing_after_its_deadline(root, tmp_path):
+    arguments = ["--small", "--frames", "4", "--cases", "2:2", "4:2", "--steps", "1", "--no-matching"]
+    result = run(root, tmp_path, "performance.py", *arguments)
+    assert "step injecting" in result["cases"][0] and not [key for key in result["cases"][0] if "extrapolated" in key]
+    result = run(root, tmp_path, "performance.py", *arguments, "--deadline", "0.001")
+    assert result["cases"] == [] and len(result["left out for lack of time"]) == 2
 
 
 def test_attention(root, tmp_path):

@@ -30,6 +30,44 @@ def test_every_case_stands_in_the_table(benchmarks, tmp_path, monkeypatch):
     assert report.attention_table() == report.ratio_table() == report.profile_table() == report.MISSING
 
 
+def test_targets_are_held_against_what_several_files_say(benchmarks, tmp_path, monkeypatch):
+    report = benchmarks("performance_report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+
+    def write(name, cases, frames=1000, memory=0.0, **more):
+        content = {"options": {"frames": frames, "memory": memory}, "cases": cases, **more}
+        (tmp_path / f"h100-performance-{name}.json").write_text(json.dumps(content))
+
+    inversion = {
+        "inversion, 5 steps, descriptors taken": {"seconds": 20.0, "peak GiB": 7.25},
+        "inversion, first step, descriptors taken": {"seconds": 6.0},
+        "inversion, each further step": {"seconds": 3.5},
+    }
+    whole = {"matching, 50 draws": {"seconds": 11.0, "peak GiB": 2.0}, "extrapolated, whole edit in minutes": 7.4}
+    broken_off = {"keyframes": 40, "budget": 20, "compiled": True, "seconds of each step": [7.0]}
+    failed = broken_off | {"error": "OutOfMemoryError"}
+    write("a", [made_up_case(**whole), broken_off, failed], **inversion)
+    write("b", [made_up_case(memory=4.0, **{"step injecting": {"seconds": 9.0, "peak GiB": 3.9}, "peak GiB": 3.9})])
+    steps = {"step injecting": {"seconds": 25.0, "peak GiB": 6.0}, "step past injection": {"seconds": 15.0}}
+    write("c", [made_up_case(keyframes=160, **steps)], frames=4000)
+    (tmp_path / "h100-performance-d.json").write_text(json.dumps({"options": {"frames": 1000, "memory": 0.0}}))
+    rows = {line.split(" | ")[0].strip("| "): line for line in report.target_table(report.cases()).splitlines()}
+    assert "| 6 s | 6.00 s | yes |" in rows["step injecting, eager"]
+    assert "| not measured |" in rows["step injecting, compiled"]
+    assert "| 5.2 s | 4.00 s | yes |" in rows["step past injection, eager"]
+    assert "| 7.5 min | 7.4 min | yes |" in rows["inversion, selection and 50 steps, eager"]
+    assert "| 15 s | 13.5 s | yes |" in rows["descriptors and matching, 50 draws"]
+    assert "| 6 GiB | 7.2 GiB | **no** |" in rows["peak GPU memory"]
+    assert "| 4 GiB | 3.9 GiB | yes |" in rows["peak GPU memory in a low-memory setting, a GPU made to have 4 GiB"]
+    assert (
+        "| 1.5 times | 1.43 times | yes |" in rows["50 steps there, against the whole GPU"]
+    )  # (360 + 40) / (240 + 40)
+    assert "| not measured |" in rows["peak GPU memory of 400 keyframes in one joint pass"]
+    per_frame = rows["time for each frame of a step, 4000 frames against 1000"]  # (1000 + 150) / 4 / (240 + 40)
+    assert "| 1.1 times | 1.03 times | yes |" in per_frame
+    assert "| 1.1 times | 1.00 times | yes |" in rows["peak GPU memory of a step, 4000 frames against 1000"]
+
+
 def test_a_backend_that_does_not_run_is_said(benchmarks, tmp_path, monkeypatch):
     report, timed = benchmarks("performance_report"), {"ms": 2.0, "TFLOP/s": 300.0}
     monkeypatch.setattr(report, "RESULTS", tmp_path)
