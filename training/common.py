@@ -224,11 +224,12 @@ def schedule(share: float, steps: int, warm_up: int = 200) -> float:
 class Clock:
     """The seconds a stage has used over all calls, and how many it may use in all and in this call.
 
-    ``finished`` once :meth:`steps` ended because all seconds were used, not because the call was over.
+    ``finished`` once :meth:`steps` ended because all seconds were used, not because the call was over. ``last``: the
+    stage ends with this call, so that its learning rate comes down in the seconds that there are.
     """
 
-    def __init__(self, total: float, call_ends: float):
-        self.total, self.call_ends = total, call_ends
+    def __init__(self, total: float, call_ends: float, last: bool = False):
+        self.total, self.call_ends, self.last = total, call_ends, last
         self.before, self.started, self.finished = 0.0, time.monotonic(), False
 
     @property
@@ -248,6 +249,9 @@ class Clock:
             self.before = learner.load(state)
         count, saved = 0, time.monotonic()
         self.started = saved  # what was set up before is not training
+        if self.last:
+            self.total = min(self.total, self.before + max(1.0, self.call_ends - saved))
+            self.call_ends = float("inf")
         while self.used < self.total and time.monotonic() < self.call_ends:
             yield count
             count += 1

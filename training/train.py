@@ -2,7 +2,8 @@
 
     COMFYUI_PATH=/path/to/ComfyUI python training/train.py --photos FOLDER --work FOLDER --out FOLDER --minutes 9
 
-``--photos``: the folder that training/photos.py filled. Repeat the command until it says that all is trained.
+``--photos``: the folder that training/photos.py filled. Repeat the command until it says that all is trained, or add
+``--last`` to one in which the UNet may learn for as long as is left; each call leaves weights to try in ``--out``.
 Stages: autoencoder, latents, classifier, denoiser (UNet and text encoder), report. About 13 minutes on an H100.
 """
 
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     )
 
     def clock(stage: str) -> Clock:
-        return Clock(settings["seconds"][stage], ends)
+        return Clock(settings["seconds"][stage], ends, last=options.last and stage == "denoiser")
 
     kept = options.work / "latents.safetensors"
     pools = [] if kept.exists() else pictures(settings["pictures"], photographs, device, log)
@@ -128,9 +129,10 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     save_whole(packed, options.out / "weights.safetensors")
     half = {name: value.half().cpu() for name, value in judge.state_dict().items()}
     save_whole(half, options.out / "classifier.safetensors")
+    used = settings | {"seconds": settings["seconds"] | {"denoiser": round(timer.total, 1)}}
+    (options.out / "settings.json").write_text(json.dumps(used, indent=2) + "\n")
     denoiser.restore(module, packed)
     report(module, auto, judge, device, log, options.out, timer.used, settings["report"])
-    (options.out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     (options.out / "training-log.jsonl").write_text(log.path.read_text())
     return timer.finished
 
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where a call leaves its state for the next")
     parser.add_argument("--out", type=Path, required=True, help="where weights, log and samples go")
     parser.add_argument("--minutes", type=float, default=9.0, help="how long this call may train")
+    parser.add_argument("--last", action="store_true", help="end the training with this call")
     parser.add_argument(
         "--begin-with", type=Path, help="weights.safetensors of another training, instead of random ones"
     )

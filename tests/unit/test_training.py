@@ -129,6 +129,18 @@ def test_a_call_that_ends_with_the_stage_unfinished_never_counts_as_finished(tmp
     assert not clock.finished
 
 
+def test_a_stage_that_ends_with_its_call_brings_its_rate_down(tmp_path, seconds):
+    state = tmp_path / "state.safetensors"
+    trained(seconds, Clock(80.0, call_ends=seconds.now + 5.0), state)
+    seconds.now += 100.0
+    clock = Clock(80.0, call_ends=seconds.now + 7.0, last=True)
+    _, used = trained(seconds, clock, state)
+    assert used == [5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]
+    assert clock.finished and clock.total == 12.0 and clock.share == 1.0
+    longer = Clock(13.0, call_ends=seconds.now + 50.0, last=True)
+    assert trained(seconds, longer, state)[1] == [12.0] and longer.total == 13.0
+
+
 def test_a_killed_call_loses_at_most_a_minute_and_no_weights(tmp_path, seconds):
     state = tmp_path / "state.safetensors"
     whole, _ = trained(seconds, Clock(215.0, float("inf")), tmp_path / "whole.safetensors")
