@@ -1,5 +1,6 @@
 """Token descriptors: diffusion features of the clean frames (DIFT, arXiv 2306.03881) at every layer resolution."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def resize_tokens(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class DescriptorWriter:
-    """Takes feature maps frame by frame, in any order, and stores them normalised.
+    """Takes feature maps of frames in any order and stores them normalised, while the caller goes on.
 
     Args:
         path: file to make.
@@ -50,27 +51,56 @@ class DescriptorWriter:
     """
 
     def __init__(self, path: Path, shape, model: str, clip: str, made_by: str, slice_rgb: Tensor, dtype=torch.float16):
-        names = {"descriptors": (dtype, tuple(shape)), "slice_rgb": (torch.float32, tuple(slice_rgb.shape))}
+        names = {"slice_rgb": (torch.float32, tuple(slice_rgb.shape)), "descriptors": (dtype, tuple(shape))}
         about = {"format": FORMAT, "model": model, "clip": clip, "made_by": made_by}
         self._writer = SafetensorsWriter(path, names, about)
         self._writer.write("slice_rgb", 0, slice_rgb)
-        self._missing = set(range(shape[0]))
+        self._missing, self._dtype = set(range(shape[0])), dtype
+        self._thread, self._writing = ThreadPoolExecutor(1, "adaflow-descriptors"), None
+
+    @property
+    def checksum(self) -> str | None:
+        """SHA-256 of the file, once it is closed, if frames came in ascending order."""
+        return self._writer.checksum
 
     def write(self, frames: list[int], maps: Tensor) -> None:
-        """Store features (frames, channels, height, width) of ``frames``."""
-        maps = F.normalize(maps.float(), dim=1)
-        for frame, values in zip(frames, maps, strict=True):
-            self._writer.write("descriptors", frame, values[None])
+        """Store features (frames, channels, height, width) of ``frames``.
+
+        Raises:
+            OSError: these or the features before could not be written.
+        """
+        values, copied = F.normalize(maps.float(), dim=1).to(self._dtype), None
+        if values.is_cuda:
+            on_host = torch.empty(values.shape, dtype=self._dtype, pin_memory=True)
+            values = on_host.copy_(values, non_blocking=True)
+            copied = torch.cuda.current_stream(maps.device).record_event()
+        self._wait()
+        self._writing = self._thread.submit(self._store, list(frames), values, copied)
         self._missing.difference_update(frames)
 
+    def _store(self, frames: list[int], values: Tensor, copied: "torch.cuda.Event | None") -> None:
+        if copied is not None:
+            copied.synchronize()
+        for frame, one in zip(frames, values, strict=True):
+            self._writer.write("descriptors", frame, one[None])
+
+    def _wait(self) -> None:
+        """Return when all is written that came."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
     def close(self) -> "Descriptors":
-        """Raises ValueError when a frame was never written."""
+        """Raises ValueError when a frame was never written, OSError when one could not be."""
         if self._missing:
             self.discard()
             raise ValueError(f"{len(self._missing)} frames have no descriptors, the first is {min(self._missing)}")
+        self._wait()
+        self._thread.shutdown()
         return Descriptors(self._writer.close())
 
     def discard(self) -> None:
+        self._thread.shutdown()
         self._writer.discard()
 
 

@@ -75,10 +75,15 @@ class Run:
     def path(self, name: str) -> Path:
         return self.folder / name
 
-    def commit(self, added: list[str], dropped: list[str], **progress) -> None:
-        """Note that the files ``added`` are whole, ``dropped`` are needed no more, and how far the run is."""
+    def commit(self, added: dict[str, str | None] | list[str], dropped: list[str], **progress) -> None:
+        """Note that the files ``added`` are whole, ``dropped`` are needed no more, and how far the run is.
+
+        Args:
+            added: names, or names and checksums; None where one is not known.
+        """
+        checksums = added if isinstance(added, dict) else dict.fromkeys(added)
         files = {name: value for name, value in self._files.items() if name not in dropped}
-        files |= {name: checksum(self.path(name)) for name in added}
+        files |= {name: known or checksum(self.path(name)) for name, known in checksums.items()}
         state = {"files": files, "progress": progress, "commits": self._commits + 1}
         manifest = {"format": FORMAT, "identity": self.identity, **state}
         write_text_durably(self.path(MANIFEST), json.dumps({**manifest, "checksum": digest(manifest)}, indent=1))

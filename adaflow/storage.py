@@ -70,6 +70,9 @@ class SafetensorsWriter:
         path: the final path.
         shapes: tensor name -> (dtype, shape); dtype one of float16, float32, int32, uint8, uint16.
         metadata: text to text, stored in the header.
+
+    Attributes:
+        checksum: SHA-256 of the file, once it is closed and if it was written from its beginning to its end.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
@@ -82,6 +85,8 @@ class SafetensorsWriter:
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        self.checksum: str | None = None
+        self._digest, self._hashed, self._size = hashlib.sha256(), 0, 8 + len(text) + end
         self._places = {
             name: (8 + len(text) + header[name]["data_offsets"][0], dtype, int(np.prod(shape[1:])) * dtype.itemsize)
             for name, (dtype, shape) in shapes.items()
@@ -90,7 +95,7 @@ class SafetensorsWriter:
         self._file = open(self._partial, "wb", buffering=0)  # noqa: SIM115, closed by close() and discard()
         try:
             self._put(0, struct.pack("<Q", len(text)) + text)
-            self._file.truncate(8 + len(text) + end)
+            self._file.truncate(self._size)
         except OSError:
             self.discard()
             raise
@@ -98,6 +103,11 @@ class SafetensorsWriter:
     def _put(self, offset: int, data) -> None:
         self._file.seek(offset)
         data = memoryview(data).cast("B")
+        if offset == self._hashed:
+            self._digest.update(data)
+            self._hashed += len(data)
+        elif offset < self._hashed:  # what was hashed is overwritten
+            self._hashed = -1
         while data:  # an unbuffered write may take a part only
             data = data[self._file.write(data) :]
 
@@ -111,6 +121,8 @@ class SafetensorsWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         replace_durably(self._partial, self.path)
+        if self._hashed == self._size:
+            self.checksum = self._digest.hexdigest()
         return self.path
 
     def discard(self) -> None:
@@ -119,8 +131,8 @@ class SafetensorsWriter:
         self._partial.unlink(missing_ok=True)
 
 
-def save_tensor(path: Path, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """Write one tensor as ``x`` to a safetensors file, durably."""
+def save_tensor(path: Path, values: torch.Tensor, dtype: torch.dtype) -> str:
+    """Write one tensor as ``x`` to a safetensors file, durably, and return the file's checksum."""
     writer = SafetensorsWriter(path, {"x": (dtype, tuple(values.shape))}, {})
     try:
         writer.write("x", 0, values)
@@ -128,6 +140,7 @@ def save_tensor(path: Path, values: torch.Tensor, dtype: torch.dtype) -> None:
     except BaseException:
         writer.discard()
         raise
+    return writer.checksum
 
 
 class SafetensorsReader:

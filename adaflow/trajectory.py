@@ -1,6 +1,7 @@
 """The inverted source video: its latents at every noise level of the grid, on disk and memory-mapped."""
 
 import hashlib
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -84,19 +85,20 @@ class TrajectoryWriter:
         """The VP latent of the last level, float32, as it was given."""
         return SafetensorsReader(self.run.path(_state_name(self.level))).read("x", slice(None)).clone()
 
-    def write(self, x: Tensor, chunk: int = 0, also: tuple[str, ...] | list[str] = ()) -> None:
+    def write(self, x: Tensor, chunk: int = 0, also: dict[str, str | None] = MappingProxyType({})) -> None:
         """Store the VP latent of all frames at the next level.
 
         Args:
             chunk: frames that went through the model at once.
-            also: names of other files of the run that are whole with this level.
+            also: other files of the run that are whole with this level: name -> checksum, or None if not known.
         """
         old, level = self.level, self.level + 1
-        save_tensor(self.run.path(_name(level)), x, self.dtype)
-        save_tensor(self.run.path(_state_name(level)), x, torch.float32)
-        added = [_name(level), _state_name(level), *also]
+        added = {
+            name: save_tensor(self.run.path(name), x, dtype)
+            for name, dtype in ((_name(level), self.dtype), (_state_name(level), torch.float32))
+        }
         dropped, finished = [_state_name(old)] if level else [], level == self.levels - 1
-        self.run.commit(added, dropped, level=level, chunk=chunk, finished=finished)
+        self.run.commit(added | dict(also), dropped, level=level, chunk=chunk, finished=finished)
 
 
 class Trajectory:

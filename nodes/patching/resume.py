@@ -102,8 +102,7 @@ def finished_latent(run: Run) -> Tensor:
 
 def _save(run: Run, kind: str, number: int, values: Tensor, dropped: list[str], **progress) -> None:
     name = f"{kind}_{number:04d}.safetensors"
-    save_tensor(run.path(name), values, torch.float32)
-    run.commit([name], dropped, **{kind: number}, **progress)
+    run.commit({name: save_tensor(run.path(name), values, torch.float32)}, dropped, **{kind: number}, **progress)
 
 
 def _load(run: Run, kind: str, number: int | None = None) -> Tensor:
