@@ -214,6 +214,11 @@ class Pace:
             self._say((self._clock() - self._first[1] - self._once) / (step - self._first[0]))
             self._told = 2
 
+    @property
+    def asks(self) -> bool:
+        """Whether :meth:`measured` still has something to tell."""
+        return not self._told
+
     def measured(self, seconds: float) -> None:
         """Tell how long the first step will take, without :meth:`once`, as a part of it shows."""
         if not self._told:

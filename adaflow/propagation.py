@@ -4,19 +4,34 @@ import torch
 from torch import Tensor
 
 
-def gather_outputs(outputs: Tensor, slots: Tensor, matches: Tensor) -> Tensor:
+def output_rows(slots: Tensor, matches: Tensor) -> Tensor:
+    """Where each token's attention output stands among those of the keyframes.
+
+    Args:
+        slots: which of the keyframes each frame takes from, (frames,), any integer type.
+        matches: each token's match in that keyframe, (frames, tokens), any integer type.
+
+    Returns:
+        ``keyframe * tokens + token``, (frames, tokens) int64.
+    """
+    return slots.to(torch.int64)[:, None] * matches.shape[1] + matches
+
+
+def gather_outputs(outputs: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
     """``out_f[u] = out_p[nn(u)]``.
 
     Args:
         outputs: attention outputs of the keyframes, (keyframes, tokens, channels).
-        slots: row of ``outputs`` that each frame's keyframe has, (frames,).
-        matches: each token's match in that keyframe, (frames, tokens), any integer type.
+        rows: from :func:`output_rows`, (frames, tokens) int64.
+        out: to be filled, (frames, tokens, channels); a new tensor by default.
 
     Returns:
         (frames, tokens, channels).
     """
-    rows = slots.to(torch.int64)[:, None] * outputs.shape[1] + matches
-    return outputs.flatten(0, 1).index_select(0, rows.flatten()).view(*matches.shape, outputs.shape[2])
+    if out is None:
+        out = outputs.new_empty(*rows.shape, outputs.shape[2])
+    torch.index_select(outputs.flatten(0, 1), 0, rows.flatten(), out=out.flatten(0, 1))
+    return out
 
 
 def blend_weight(frame: int, keyframe: int, neighbour: int) -> float:

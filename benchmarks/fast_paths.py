@@ -70,7 +70,7 @@ def operations(report: Report, dtype: torch.dtype, limit: float) -> None:
     )
     slots, matches = torch.randint(frames, (7,), device=DEVICE), torch.randint(tokens, (7, tokens), device=DEVICE)
     plain = torch.stack([v[slot][match] for slot, match in zip(slots, matches, strict=True)])
-    found = propagation.gather_outputs(v, slots, matches)
+    found = propagation.gather_outputs(v, propagation.output_rows(slots, matches))
     report.add("gather of keyframe outputs", precision, oracles.relative_error(found, plain), 0.0)
 
 

@@ -14,29 +14,31 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...adaflow.estimate import Pace
+from ...adaflow.estimate import Pace, UNetSizes
 from ...adaflow.memory import is_out_of_memory
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import lockstep
 from .compiled import BlockCompiler
 from .families import UNetFamily
-from .memory import halved, has_host
+from .memory import halved, has_host, unet_sizes
 from .passes import (
     EditJointPass,
     EditPropagationPass,
     Injection,
-    MatchTables,
+    RowTables,
     SourceJointPass,
     SourcePropagationPass,
     StepState,
 )
-from .shelf import Shelf
+from .shelf import Shelf, to_device
 from .taps import tapped, with_pass
 from .windows import slice_conds
 
 logger = logging.getLogger(__name__)
-MAX_CHUNK = 32
+MAX_BATCH = {"cuda": 64}  # frames times branches in one forward by kind of device: it would be no faster with more
+MAX_BATCH_ELSEWHERE = 32
+MEMORY_SHARE = 0.5  # of what is free, for the activations of one forward
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,58 @@ def step_of(sigma: float, sample_sigmas: Tensor) -> int:
     return min(max(reached - 1, 0), max(len(sample_sigmas) - 2, 0))
 
 
-def auto_chunk(model, shape, branches: int, device) -> int:
-    """Frames of latent ``shape`` that half of the free memory takes in one forward, 1 to ``MAX_CHUNK``.
+def auto_chunk(unet: UNetSizes, shape, branches: int, device: torch.device) -> int:
+    """Frames in one forward: as many as a share of the free memory takes and ``MAX_BATCH`` allows, at least 1.
 
     Args:
-        model: ComfyUI's BaseModel, for its own estimate.
         shape: of the whole latent, (frames, channels, height, width).
         branches: conditionings batched in one forward.
     """
-    one_frame = model.memory_required([branches, *shape[1:]])
-    return int(min(max(comfy.model_management.get_free_memory(device) / 2 // one_frame, 1), MAX_CHUNK))
+    fitting = MEMORY_SHARE * comfy.model_management.get_free_memory(device) / unet.frame_bytes(shape[2:])
+    return max(1, int(min(fitting, MAX_BATCH.get(device.type, MAX_BATCH_ELSEWHERE)) / branches))
 
 
 def _stop_if_cancelled() -> None:
     comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def wait_for(values: Tensor) -> None:
-    """Return when the device has computed ``values``, not when it was told to."""
-    values.flatten()[0].item()
+def prompts_on_device(conds: list[list[dict] | None], device: torch.device) -> list[list[dict] | None]:
+    """Processed conditioning whose prompts are on ``device``; what has an entry for each frame stays where it is.
+
+    ComfyUI copies a prompt to the device with every forward, and waits for it.
+    """
+
+    def moved(value):
+        prompt = isinstance(getattr(value, "cond", None), Tensor) and value.cond.ndim and value.cond.shape[0] == 1
+        return value._copy_with(to_device(value.cond, device)) if prompt else value
+
+    def placed(cond: dict) -> dict:
+        return {**cond, "model_conds": {key: moved(value) for key, value in cond["model_conds"].items()}}
+
+    return [branch and [placed(cond) for cond in branch] for branch in conds]
+
+
+class Ahead:
+    """Lets the host prepare one chunk while the device computes the one before; no more, since Cancel is to act soon.
+
+    Args:
+        device: that computes.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._last = device, None
+
+    def told(self) -> None:
+        """A chunk's work was handed to the device: wait for the chunk before it."""
+        if self._device.type == "cuda":
+            if self._last is not None:
+                self._last.synchronize()
+            self._last = torch.cuda.current_stream(self._device).record_event()
+
+    def wait(self) -> None:
+        """Return when the device has done all that it was told."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 class EditEvaluator:
@@ -155,7 +190,7 @@ class EditEvaluator:
     def chunk(self, model, x: Tensor, branches: int) -> int:
         """Frames in one forward; chosen once, from the memory that is free with the model loaded."""
         if not self._chunk:
-            self._chunk = auto_chunk(model, x.shape, branches, x.device)
+            self._chunk = auto_chunk(unet_sizes(model, self.family), x.shape, branches, x.device)
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
@@ -193,7 +228,8 @@ class _Evaluation:
     """One call of :class:`EditEvaluator`: the arguments of ``calc_cond_batch`` and the state of the step."""
 
     def __init__(self, edit: EditEvaluator, executor, model, conds, x, timestep, model_options, sigma, step):
-        self.edit, self.executor, self.model, self.conds = edit, executor, model, conds
+        self.edit, self.executor, self.model = edit, executor, model
+        self.conds = prompts_on_device(conds, x.device)
         self.x, self.timestep, self.model_options, self.sigma = x, timestep, model_options, sigma
         settings = edit.settings
         self.injection = Injection(
@@ -204,10 +240,11 @@ class _Evaluation:
         keyframes = edit.plan.keyframes(step)
         if not set(keyframes) <= set(edit.frames):  # a preview of the keyframes alone keeps those of the first step
             keyframes = edit.frames
-        self.sources = [
+        sources = [
             [{**edit.source_cond, "uuid": (edit.source_cond["uuid"], area), **({} if area is None else {"area": area})}]
             for area in dict.fromkeys(areas.values())
         ]
+        self.sources = prompts_on_device(sources, x.device)
         source_areas = {branch[0]["uuid"]: branch[0].get("area") for branch in self.sources}
         self.state = StepState(
             edit.plan,
@@ -230,10 +267,14 @@ class _Evaluation:
                 break
             except RuntimeError as error:
                 self.state.shelf.clear()
-                edit.make_room(error, len(chunks[0]), self.x, self.state.shelf, divisible=self._may_split())
+                tried = -(-len(chunks[0]) // self._branches()) if len(chunks) > 1 else len(chunks[0])
+                edit.make_room(error, tried, self.x, self.state.shelf, divisible=self._may_split())
         self.state.shelf.drop(unless="output")
-        left = [frame for frame in edit.frames if frame not in set(keyframes)]
+        chosen, ahead = set(keyframes), Ahead(self.x.device)
+        left = [frame for frame in edit.frames if frame not in chosen]
         total = len(left)
+        if edit.pace.asks:
+            ahead.wait()
         while left:
             frames, chunk_begun = left[: self._chunk()], time.perf_counter()
             matched = edit.plan.matching_seconds
@@ -245,16 +286,22 @@ class _Evaluation:
                 continue
             predictions = [prediction[: len(frames)] for prediction in predictions]
             self._store(out, frames, predictions)
-            wait_for(predictions[0])
-            now, matching = time.perf_counter(), edit.plan.matching_seconds - matched  # for later steps too
+            matching = edit.plan.matching_seconds - matched  # for later steps too
             edit.pace.once(matching)
-            edit.pace.measured(chunk_begun - begun + (now - chunk_begun - matching) * len(left) / len(frames))
+            if edit.pace.asks:
+                ahead.wait()
+                seconds = time.perf_counter() - chunk_begun - matching
+                edit.pace.measured(chunk_begun - begun + seconds * len(left) / len(frames))
+            ahead.told()
             left = left[len(frames) :]
         return out
 
+    def _branches(self) -> int:
+        """Conditionings that are batched in one forward."""
+        return sum(len(branch) for branch in self.conds if branch is not None)
+
     def _chunk(self) -> int:
-        branches = sum(len(branch) for branch in self.conds if branch is not None)
-        return self.edit.chunk(self.model, self.x, branches)
+        return self.edit.chunk(self.model, self.x, self._branches())
 
     def _may_split(self) -> bool:
         """Whether the keyframes may go in several chunks.
@@ -265,9 +312,11 @@ class _Evaluation:
         return lockstep.available() and all(branch is None or len(branch) == 1 for branch in self.conds)
 
     def _joint_chunks(self) -> list[tuple[int, ...]]:
-        """The keyframes in chunks of nearly equal size."""
-        keyframes = self.state.keyframes
-        count = -(-len(keyframes) // self._chunk()) if self._may_split() else 1
+        """The keyframes in chunks of nearly equal size: one for all branches together, or several for each branch."""
+        keyframes, chunk = self.state.keyframes, self._chunk()
+        count = 1
+        if len(keyframes) > chunk and self._may_split():
+            count = max(2, -(-len(keyframes) // (chunk * self._branches())))
         bounds = [len(keyframes) * index // count for index in range(count + 1)]
         return [keyframes[start:stop] for start, stop in pairwise(bounds)]
 
@@ -292,7 +341,7 @@ class _Evaluation:
 
     def _propagate(self, frames: list[int]) -> list[Tensor]:
         where = self.edit.plan.propagation(frames, self.state.keyframes, self.edit.settings.interpolate)
-        tables: MatchTables = {}
+        tables: RowTables = {}
         shared = self.state, where, tables, self.edit.compiler
         if self.injection.conv:
             self._evaluate(self.sources, frames, SourcePropagationPass(*shared), source=True)
@@ -302,16 +351,23 @@ class _Evaluation:
         """``calc_cond_batch`` of some frames under a pass; the source branch reads the trajectory instead of x."""
         _stop_if_cancelled()
         rows = self.edit.rows(frames)
-        x = self.edit.trajectory.at(self.sigma, list(frames)).to(self.x) if source else self.x[rows]
+        if source:
+            x = to_device(self.edit.trajectory.at(self.sigma, list(frames)).to(self.x.dtype), self.x.device)
+        else:
+            x = self.x.index_select(0, self._on_device(rows))
+        timestep = self.timestep[:1].expand(len(rows))  # frames are sampled together
         options = with_pass(self.model_options, step_pass)
-        return self.executor(self.model, slice_conds(conds, rows), x, self.timestep[rows], options)
+        return self.executor(self.model, slice_conds(conds, rows), x, timestep, options)
+
+    def _on_device(self, rows: list[int]) -> Tensor:
+        return to_device(torch.tensor(rows), self.x.device)
 
     def _store(self, out: list[Tensor], frames, predictions: list[Tensor], conds=None) -> None:
         """Write the predictions of ``frames``, of those branches that ``conds`` does not leave out."""
-        rows = self.edit.rows(frames)
+        rows = self._on_device(self.edit.rows(frames))
         for branch, prediction, cond in zip(out, predictions, conds or self.conds, strict=True):
             if cond is not None:
-                branch[rows] = prediction
+                branch.index_copy_(0, rows, prediction)
 
 
 def _area(cond: dict, x: Tensor) -> tuple[int, int, int, int] | None:

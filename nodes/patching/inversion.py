@@ -15,9 +15,9 @@ from ...adaflow.ddim import ddim_timesteps, inversion_step, sigma_to_mu
 from ...adaflow.descriptors import DescriptorWriter
 from ...adaflow.estimate import Pace, inversion_needs
 from ...adaflow.trajectory import TrajectoryWriter
-from .evaluator import auto_chunk, wait_for
+from .evaluator import Ahead, auto_chunk, prompts_on_device
 from .families import UNetFamily, unet_family
-from .memory import announce, chunk_to_go_on_with, halved, unet_sizes
+from .memory import announce, chunk_to_go_on_with, halved, release_pinned, unet_sizes
 from .patch import PRELOAD_FRAMES, add_wrappers, limit_memory_estimate
 from .preview import NodeText
 from .taps import StopForward, UNetCall, UNetPass, run_unet, tapped, with_pass
@@ -61,33 +61,36 @@ class ChunkedInference:
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """The body of the CALC_COND_BATCH wrapper."""
-        self.chunk = self.chunk or auto_chunk(model, x.shape, 1, x.device)
+        self.chunk = self.chunk or auto_chunk(unet_sizes(model, self.family), x.shape, 1, x.device)
+        conds, ahead = prompts_on_device(conds, x.device), Ahead(x.device)
         out = [torch.zeros_like(x) for _ in conds]
         start, begun = 0, time.perf_counter()
         while start < x.shape[0]:
             comfy.model_management.throw_exception_if_processing_interrupted()
             frames = list(range(start, min(start + self.chunk, x.shape[0])))
+            rows = slice(start, start + len(frames))
             parts = slice_conds(conds, frames)
 
-            def evaluate(x_chunk: Tensor, step_pass: UNetPass, parts=parts, frames=frames) -> list[Tensor]:
-                return executor(model, parts, x_chunk, timestep[frames], with_pass(model_options, step_pass))
+            def evaluate(x_chunk: Tensor, step_pass: UNetPass, parts=parts, rows=rows) -> list[Tensor]:
+                return executor(model, parts, x_chunk, timestep[rows], with_pass(model_options, step_pass))
 
             try:
                 with tapped(model.diffusion_model, self.family):
                     if self.on_chunk is None:
-                        predictions = evaluate(x[frames], UNetPass())
+                        predictions = evaluate(x[rows], UNetPass())
                     else:
-                        predictions = self.on_chunk(evaluate, frames, x[frames])
+                        predictions = self.on_chunk(evaluate, frames, x[rows])
             except RuntimeError as error:
                 pixels = f"of {8 * x.shape[3]}x{8 * x.shape[2]} pixels"
                 self.chunk = halved(error, len(frames), pixels, "use a smaller size", x.device)
                 continue
             for branch, prediction in zip(out, predictions, strict=True):
-                branch[frames] = prediction
+                branch[rows] = prediction
             start += len(frames)
-            if self.pace is not None:
-                wait_for(out[0][frames[-1]])
+            if self.pace is not None and self.pace.asks:
+                ahead.wait()
                 self.pace.measured((time.perf_counter() - begun) * x.shape[0] / start)
+            ahead.told()
         return out
 
     def diffusion_model(self, executor, x, *args, **kwargs):
@@ -177,14 +180,17 @@ def invert(
                     f"{len(levels) - 1}, sigma {levels[level]:.4f}. Most likely half precision overflowed: start "
                     "ComfyUI with --force-fp32 or --force-upcast-attention"
                 )
-            also = [] if inference.on_chunk is None else [descriptors.close().path.name]
+            also = {} if inference.on_chunk is None else {descriptors.close().path.name: descriptors.checksum}
             trajectory.write(x, inference.chunk, also)
             if callback is not None:
                 callback({"i": level - 1, "denoised": denoised, "x": x, "sigma": sigmas[level]})
         return x / sigma_to_mu(levels[-1]).item()
 
     patched = inference.patch(model_patcher)
-    return _sample(patched, conditioning, latent, sampler, inversion_sigmas(model_patcher, steps), callback)
+    try:
+        return _sample(patched, conditioning, latent, sampler, inversion_sigmas(model_patcher, steps), callback)
+    finally:
+        release_pinned(model_patcher.load_device)
 
 
 def extract_descriptors(
@@ -236,14 +242,18 @@ def extract_descriptors(
     inference = ChunkedInference(family, chunk, mean_feature, Pace(1, lambda line: text.put("time", line)))
     inference.pace.begin_step(0)
     _announce(model_patcher, inference, latent, f"{ensemble} noise draws", where, text)
-    _sample(inference.patch(model_patcher), conditioning, latent, sampler, [sigma, 0.0])
+    try:
+        _sample(inference.patch(model_patcher), conditioning, latent, sampler, [sigma, 0.0])
+    finally:
+        release_pinned(model_patcher.load_device)
 
 
 def _announce(model_patcher, inference: ChunkedInference, latent: Tensor, work: str, where: str, text: NodeText):
     """Show what will be done and what it takes; refuse what surely does not fit."""
     model, device = model_patcher.model, model_patcher.load_device
-    chunk = inference.chunk or auto_chunk(model, latent.shape, 1, device)
-    needs = inversion_needs(unet_sizes(model, inference.family), latent.shape, chunk)
+    unet = unet_sizes(model, inference.family)
+    chunk = inference.chunk or auto_chunk(unet, latent.shape, 1, device)
+    needs = inversion_needs(unet, latent.shape, chunk)
     height, width = latent.shape[2:]
     got = f"{latent.shape[0]} frames, {work}, {8 * width}x{8 * height} pixels"
     announce(needs, device, where, "latent", got, "use fewer frames or a smaller size", text)

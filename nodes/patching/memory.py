@@ -77,10 +77,11 @@ def better_on_host(waiting: int, device: torch.device) -> bool:
     return has_host(device) and waiting > HOST_SHARE * free_memory(device)["GPU memory"]
 
 
-def release_pinned() -> None:
-    """Give back the pinned buffers that PyTorch keeps for the next step and nothing uses; others stay."""
+def release_pinned(device: torch.device) -> None:
+    """Give back the pinned buffers that PyTorch keeps for copies to and from ``device``, once those are done."""
     release = getattr(torch._C, "_host_emptyCache", None)  # has no public name yet
-    if torch.cuda.is_initialized() and release is not None:
+    if device.type == "cuda" and release is not None:
+        torch.cuda.synchronize(device)
         release()
 
 

@@ -12,15 +12,15 @@ from torch import Tensor
 from ...adaflow.attention import extended_attention, frame_attention
 from ...adaflow.descriptors import Area
 from ...adaflow.plan import EditPlan, Propagation
-from ...adaflow.propagation import gather_outputs
+from ...adaflow.propagation import gather_outputs, output_rows
 from .compiled import BlockCompiler
 from .families import UNetFamily
 from .lockstep import Exchange
-from .shelf import Shelf
+from .shelf import Shelf, to_device
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
 
-# (keyframes, size, area) -> slot of each frame's keyframe and matches of its tokens, on the model's device
-MatchTables = dict[tuple, tuple[Tensor, Tensor]]
+# (keyframes, size, area) -> rows of the keyframes' outputs that a chunk's frames take, on the model's device
+RowTables = dict[tuple, Tensor]
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,12 @@ class PropagationPass(UNetPass):
         compiler: runs the blocks that it can; None: none.
     """
 
-    def __init__(
-        self, state: StepState, where: Propagation, tables: MatchTables, compiler: BlockCompiler | None = None
-    ):
+    def __init__(self, state: StepState, where: Propagation, tables: RowTables, compiler: BlockCompiler | None = None):
         self.state, self.where, self._tables, self._compiler = state, where, tables, compiler
         self._slots = {frame: slot for slot, frame in enumerate(state.keyframes)}
         used = [self._slots[keyframe] for keyframe in (*where.keyframes, *where.neighbours)]
         self._first, self._stop = min(used), max(used) + 1
+        self._weights: Tensor | None = None
 
     @property
     def channels_last(self) -> bool:
@@ -163,25 +162,32 @@ class PropagationPass(UNetPass):
 
     def _output(self, call: UNetCall, layer: Layer, size) -> Tensor:
         """Of one self-attention, (branches * frames, tokens, channels)."""
-        parts = []
-        for branch in call.branches:
-            area = self.state.areas[branch]
+        out = None
+        for number, branch in enumerate(call.branches):
             outputs = self.state.shelf.rows(("output", branch, layer), self._first, self._stop)
-            out = self._gather(outputs, self.where.keyframes, size, area)
+            if out is None:
+                out = outputs.new_empty(len(call.branches), len(self.where.frames), *outputs.shape[1:])
+            area = self.state.areas[branch]
+            gather_outputs(outputs, self._rows(self.where.keyframes, size, area, outputs.device), out[number])
             if self.where.neighbours != self.where.keyframes:
-                other = self._gather(outputs, self.where.neighbours, size, area)
-                weights = torch.tensor(self.where.weights, device=out.device, dtype=out.dtype)[:, None, None]
-                out = torch.lerp(other, out, weights)
-            parts.append(out)
-        return torch.cat(parts)
+                other = gather_outputs(outputs, self._rows(self.where.neighbours, size, area, outputs.device))
+                torch.lerp(other, out[number], self._blend(out), out=out[number])
+        return out.flatten(0, 1)
 
-    def _gather(self, outputs: Tensor, keyframes: tuple[int, ...], size, area: Area | None) -> Tensor:
+    def _rows(self, keyframes: tuple[int, ...], size, area: Area | None, device: torch.device) -> Tensor:
         key = (keyframes, size, area)
         if key not in self._tables:
-            matches = self.state.plan.matches(list(self.where.frames), keyframes, size, area)
+            matches = to_device(self.state.plan.matches(list(self.where.frames), keyframes, size, area), device)
             slots = torch.tensor([self._slots[keyframe] - self._first for keyframe in keyframes])
-            self._tables[key] = (slots.to(outputs.device), matches.to(outputs.device))
-        return gather_outputs(outputs, *self._tables[key])
+            self._tables[key] = output_rows(to_device(slots, device), matches)
+        return self._tables[key]
+
+    def _blend(self, like: Tensor) -> Tensor:
+        """Weight of each frame's own keyframe, (frames, 1, 1)."""
+        if self._weights is None:
+            weights = torch.tensor(self.where.weights, dtype=like.dtype)
+            self._weights = to_device(weights, like.device)[:, None, None]
+        return self._weights
 
 
 class SourcePropagationPass(PropagationPass):

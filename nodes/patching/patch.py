@@ -119,8 +119,7 @@ class EditPatch:
         finally:
             if compiler is not None:
                 compiler.close()
-            if run.on_host:
-                release_pinned()
+            release_pinned(noise.device)
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """Hand an evaluation to the run in progress."""
@@ -164,9 +163,9 @@ class EditPatch:
         """
         model, settings, keyframes = guider.inner_model, self.settings, len(self.plan.clips)
         branches = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
-        chunk = settings.chunk or auto_chunk(model, noise.shape, branches, noise.device)
-        injecting = max(settings.feature_share, settings.attention_share) > 0
         unet = unet_sizes(model, self.family)
+        chunk = settings.chunk or auto_chunk(unet, noise.shape, branches, noise.device)
+        injecting = max(settings.feature_share, settings.attention_share) > 0
         waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least
         on_host = better_on_host(waiting, noise.device)
         needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host)

@@ -13,7 +13,7 @@ from adaflow_pack.adaflow.ddim import bracket, ddim_timesteps, inversion_step, s
 from adaflow_pack.adaflow.descriptors import DescriptorWriter
 from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
 from adaflow_pack.adaflow.plan import EditPlan, KeyframePool
-from adaflow_pack.adaflow.propagation import blend_weight, gather_outputs
+from adaflow_pack.adaflow.propagation import blend_weight, gather_outputs, output_rows
 from adaflow_pack.adaflow.slimming import select_kv, select_kv_by_blocks, select_tokens, token_importance
 from torch.nn.functional import normalize
 
@@ -228,7 +228,8 @@ def test_propagation_gathers_and_blends(rng):
     outputs = torch.randn(3, 7, 5, generator=rng)
     matches = torch.randint(7, (4, 7), generator=rng).to(torch.int16)
     slots = torch.tensor([2, 0, 1, 2])
-    out = gather_outputs(outputs, slots, matches)
+    rows, out = output_rows(slots, matches), torch.full((4, 7, 5), torch.nan)
+    assert gather_outputs(outputs, rows, out) is out and torch.equal(gather_outputs(outputs, rows), out)
     for frame in range(4):
         for token in range(7):
             assert torch.equal(out[frame, token], outputs[slots[frame], matches[frame, token].long()])
