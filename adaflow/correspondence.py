@@ -76,6 +76,33 @@ def nearest_tokens(query: Tensor, key: Tensor, tile_elements: int = TILE_ELEMENT
     return similarity, index
 
 
+def best_cosines(a: Tensor, b: Tensor, tile_elements: int = TILE_ELEMENTS) -> tuple[Tensor, Tensor]:
+    """Best cosine of every token to each frame of the other side: both directions of all pairs from one product.
+
+    Args:
+        a, b: L2-normalised descriptors as for :func:`cosines`, (frames, tokens, channels), with as many tokens.
+
+    Returns:
+        of a's tokens to each frame of b, (frames_b, frames_a, tokens); of b's to each of a, (frames_a, frames_b,
+        tokens); float32.
+    """
+    (frames_a, tokens, _), frames_b = a.shape, b.shape[0]
+    of_a = torch.empty(frames_b, frames_a, tokens, device=a.device)
+    of_b = torch.empty(frames_a, frames_b, tokens, device=a.device)
+    keys = b.flatten(0, 1)
+    together = max(1, tile_elements // (tokens * len(keys)))
+    rows = min(tokens, max(1, tile_elements // len(keys)))
+    for first in range(0, frames_a, together):
+        frames = slice(first, min(first + together, frames_a))
+        for start in range(0, tokens, rows):
+            query = a[frames, start : start + rows]
+            found = cosines(query.flatten(0, 1), keys).view(*query.shape[:2], frames_b, tokens)
+            of_a[:, frames, start : start + rows] = found.amax(dim=3).permute(2, 0, 1)
+            best = found.amax(dim=1)
+            of_b[frames] = best if start == 0 else torch.maximum(of_b[frames], best)
+    return of_a, of_b
+
+
 def index_dtype(tokens: int) -> torch.dtype:
     """The smallest integer type that numbers ``tokens`` tokens."""
     return torch.int16 if tokens <= torch.iinfo(torch.int16).max + 1 else torch.int32

@@ -1,5 +1,6 @@
 """EditPlan: clips, keyframe draws, KV selections and correspondences; what one edit knows before it samples."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,55 +15,83 @@ from .memory import Room
 from .propagation import blend_weight
 from .slimming import select_kv_by_blocks
 
-POOL_BYTES = 1 << 30  # of keyframes' descriptors held while tokens are selected
+POOL_BYTES = 1 << 30  # of keyframes' descriptors held while tokens are selected; on a GPU a quarter of what is free
 BLOCK_BYTES = 128 << 20  # of them in float32 that are compared in one go
+RESIDENT_BYTES = 256 << 20  # of them that stay on the device from one step to the next
+COPIES = 16  # of a keyframe's maps to a GPU that may be on their way, each in pinned memory
+KEPT_BYTES = 256 << 20  # of kept tokens that stay on the device; those of the last step always do
 
 
 class KeyframePool:
-    """Descriptor maps of some keyframes: the first ones stay on the device, the others are read whenever asked for.
+    """Descriptors of keyframes at every resolution, as they are compared: some stay on the device.
 
-    Args:
-        keyframes: frame numbers; a row is a place in them.
-        max_bytes: of the maps that stay.
-        block_bytes: of the maps in float32 that should be asked for at a time.
+    Those that stay are the first ones asked for, not the last ones: selection goes through all of them again and again.
 
     Attributes:
-        size: (height, width) of the maps.
-        block: rows to ask for at a time.
+        size: (height, width) of the latent, or of the part of it that is worked on.
+        sizes: of all layers, the finest first.
     """
 
-    def __init__(
-        self,
-        descriptors: Descriptors,
-        keyframes: tuple[int, ...],
-        area: Area | None,
-        device,
-        max_bytes: int = POOL_BYTES,
-        block_bytes: int = BLOCK_BYTES,
-    ):
-        self._descriptors, self._keyframes, self._area, self._device = descriptors, keyframes, area, device
-        self._free, self._held = max_bytes, {}
+    def __init__(self, descriptors: Descriptors, area: Area | None, device: torch.device | str):
+        self._descriptors, self._area, self.device = descriptors, area, device
+        self._held: dict[int, list[Tensor]] = {}
+        self._most, self._wanted, self._copies = 0, frozenset(), deque()
         self.size = descriptors.size if area is None else area[:2]
-        self.block = max(1, block_bytes // self.row_bytes(descriptors, area))
+        self.sizes = layer_sizes(*self.size)
 
-    @staticmethod
-    def row_bytes(descriptors: Descriptors, area: Area | None) -> int:
+    @property
+    def row_bytes(self) -> int:
         """Of one keyframe's map in float32."""
-        height, width = descriptors.size if area is None else area[:2]
-        return descriptors.shape[1] * height * width * 4
+        return self._descriptors.shape[1] * self.size[0] * self.size[1] * 4
 
-    def maps(self, rows: list[int]) -> Tensor:
-        """(rows, channels, height, width) float32."""
-        return torch.cat([self._map(row) for row in rows]).float()
+    @property
+    def held_bytes(self) -> int:
+        return len(self._held) * self.frame_bytes
 
-    def _map(self, row: int) -> Tensor:
-        if row in self._held:
-            return self._held[row]
-        values = self._descriptors.stored([self._keyframes[row]], self._area, self._device)
-        if values.nbytes <= self._free:
-            self._free -= values.nbytes
-            self._held[row] = values = values.clone()  # not a part of the file's memory map
-        return values
+    @property
+    def frame_bytes(self) -> int:
+        """Of one keyframe that stays."""
+        tokens = sum(height * width for height, width in self.sizes)
+        return tokens * self._descriptors.shape[1] * matching_dtype(self.device).itemsize
+
+    def hold(self, keyframes: tuple[int, ...], most: int) -> None:
+        """From now on hold ``keyframes``, before any others that are held, in at most so many bytes."""
+        self._most, self._wanted = most, frozenset(keyframes)
+        self._drop_to(most)
+
+    def tokens(self, frames: tuple[int, ...], level: int) -> Tensor:
+        """(frames, tokens, channels) at one resolution, counted from the finest."""
+        return torch.cat([self._tokens(frame, level) for frame in frames])
+
+    def _tokens(self, frame: int, level: int) -> Tensor:
+        if frame in self._held:
+            return self._held[frame][level]
+        self._drop_to(self._most - self.frame_bytes)
+        maps = self._read(frame)
+        dtype = matching_dtype(self.device)
+        if self.held_bytes + self.frame_bytes > self._most:
+            return resize_tokens(maps, self.sizes[level]).to(dtype)
+        self._held[frame] = [resize_tokens(maps, size).to(dtype) for size in self.sizes]
+        return self._held[frame][level]
+
+    def _read(self, frame: int) -> Tensor:
+        """Stored maps on the device, in float32; the copy to a GPU is not waited for."""
+        maps = self._descriptors.stored([frame], self._area)
+        if torch.device(self.device).type == "cuda":
+            maps = maps.contiguous().pin_memory().to(self.device, non_blocking=True)
+            self._copies.append(torch.cuda.current_stream(self.device).record_event())
+            if len(self._copies) > COPIES:
+                self._copies.popleft().synchronize()
+        return maps.to(self.device).float()
+
+    def _drop_to(self, most: int) -> None:
+        """Drop frames that no keyframe of the step needs, then, if more than ``self._most`` is held, others."""
+        for frame in [frame for frame in self._held if frame not in self._wanted]:
+            if self.held_bytes <= most:
+                return
+            del self._held[frame]
+        while self._held and self.held_bytes > self._most:
+            self._held.popitem()
 
 
 @dataclass(frozen=True)
@@ -102,6 +131,7 @@ class EditPlan:
     device: torch.device | str = "cpu"
     _matches: Matches = field(init=False, repr=False)
     _kept: BoundedCache = field(init=False, repr=False)
+    _pools: dict[Area | None, KeyframePool] = field(init=False, repr=False)
     _room: Room = field(init=False, repr=False)
     _draws: dict[int, tuple[int, ...]] = field(init=False, repr=False)
 
@@ -110,7 +140,7 @@ class EditPlan:
             raise ValueError(f"clips of {self.clips.frames} frames, descriptors of {self.descriptors.frames}")
         self.draws.check(self.clips)
         self._matches = Matches(self.descriptors, self.clips, self.cache_bytes, self.device)
-        self._kept, self._draws = BoundedCache(self.cache_bytes), {}
+        self._kept, self._pools, self._draws = BoundedCache(min(KEPT_BYTES, self.cache_bytes)), {}, {}
         self._room = Room(held=POOL_BYTES, block=BLOCK_BYTES)
 
     @property
@@ -169,45 +199,64 @@ class EditPlan:
     def kept(self, keyframes: tuple[int, ...], budget: int, size: Size, area: Area | None = None) -> Tensor | None:
         """Flat indices of the keys and values that each keyframe keeps, or None for all.
 
+        They are made for all resolutions together, without waiting for the device.
+
         Returns:
-            (keyframes, budget * height * width) int32, on the CPU.
+            (keyframes, budget * height * width) int32, on the plan's device; not to be written to.
         """
         if len(keyframes) <= budget:
             return None
-        kept = self._kept.get((keyframes, budget, size, area))
-        return self._select(keyframes, budget, area)[size] if kept is None else kept
+        key = (keyframes, budget, area, str(self.device))
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._select(keyframes, budget, area)
+            self._kept.put(key, kept)
+        sizes = layer_sizes(*(self.descriptors.size if area is None else area[:2]))
+        counts = [budget * len(keyframes) * height * width for height, width in sizes]
+        return kept.split(counts)[sizes.index(size)].view(len(keyframes), -1)
 
-    def _select(self, keyframes: tuple[int, ...], budget: int, area: Area | None) -> dict[Size, Tensor]:
-        """Select keys and values at every resolution, the descriptors read once, and keep all.
+    def release(self) -> None:
+        """Give back the device's memory; descriptors and kept tokens are made again when asked for."""
+        self._kept, self._pools = BoundedCache(self._kept.max_bytes), {}
+
+    def _select(self, keyframes: tuple[int, ...], budget: int, area: Area | None) -> Tensor:
+        """The tokens kept at every resolution, one after the other in a row.
 
         Out of memory, it starts again with fewer keyframes at a time.
         """
+        pool = self._pools.get(area)
+        if pool is None or pool.device != self.device:
+            pool = KeyframePool(self.descriptors, area, self.device)
+        self._pools = {area: pool}  # of other areas nothing stays
         while True:
             try:
-                found = self._select_by_blocks(keyframes, budget, area)
-                break
+                return self._select_by_blocks(pool, keyframes, budget)
             except RuntimeError as error:
-                height, width = self.descriptors.size if area is None else area[:2]
+                height, width = pool.size
                 doing = f"to select tokens of {len(keyframes)} keyframes of {width}x{height} tokens"
-                self._room.shrink(error, KeyframePool.row_bytes(self.descriptors, area), len(keyframes), doing)
-        for size, part in found.items():
-            self._kept.put((keyframes, budget, size, area), part)
-        return found
+                self._room.shrink(error, pool.row_bytes, len(keyframes), doing)
+            finally:
+                pool.hold((), min(RESIDENT_BYTES, self._room.held))
 
-    def _select_by_blocks(self, keyframes: tuple[int, ...], budget: int, area: Area | None) -> dict[Size, Tensor]:
-        pool = KeyframePool(self.descriptors, keyframes, area, self.device, self._room.held, self._room.block)
-        sizes = layer_sizes(*pool.size)
+    def _select_by_blocks(self, pool: KeyframePool, keyframes: tuple[int, ...], budget: int) -> Tensor:
+        pool.hold(keyframes, self._held_bytes(pool, len(keyframes)))
+        block, finest, found = self._room.rows(pool.row_bytes, len(keyframes)), pool.size[0] * pool.size[1], []
+        for level, (height, width) in enumerate(pool.sizes):
+            group = finest // (height * width)  # products are as large as the finest resolution's
+            kept = select_kv_by_blocks(
+                lambda rows, level=level: pool.tokens(keyframes[rows.start : rows.stop], level),
+                len(keyframes),
+                budget,
+                block * group,
+                group,
+                self._room.held,
+            )
+            found.append(kept.flatten())
+        return torch.cat(found)
 
-        def tokens(rows: list[int]) -> list[Tensor]:
-            levels = None
-            for place, row in enumerate(rows):  # resized one by one: the bits do not depend on the block
-                maps = pool.maps([row])
-                dtype = matching_dtype(maps.device)
-                if levels is None:
-                    levels = [maps.new_empty(len(rows), h * w, maps.shape[1], dtype=dtype) for h, w in sizes]
-                for level, size in zip(levels, sizes, strict=True):
-                    level[place] = resize_tokens(maps, size)[0]
-            return levels
-
-        kept = select_kv_by_blocks(tokens, len(keyframes), budget, pool.block)
-        return {size: part.cpu() for size, part in zip(sizes, kept, strict=True)}
+    def _held_bytes(self, pool: KeyframePool, keyframes: int) -> int:
+        """How much the pool may hold."""
+        if self._room.held and torch.device(self.device).type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+            return max(self._room.held, min(free // 4, keyframes * pool.frame_bytes))
+        return self._room.held

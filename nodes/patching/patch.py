@@ -119,6 +119,7 @@ class EditPatch:
         finally:
             if compiler is not None:
                 compiler.close()
+            self.plan.release()
             release_pinned(noise.device)
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...adaflow.attention import extended_attention
+from ...adaflow.correspondence import matching_dtype
 from ...adaflow.errors import require
 from ...adaflow.plan import EditPlan
 from ...adaflow.slimming import select_kv
@@ -53,7 +54,7 @@ class SlimPass(UNetPass):
         if frames <= self.settings.budget:
             return None
         if plan is None:
-            return select_kv(normalize(keys.float(), dim=-1), self.settings.budget)
+            return select_kv(normalize(keys.float(), dim=-1).to(matching_dtype(keys.device)), self.settings.budget)
         size = call.layer_size(keys.shape[1])
         require(
             frames == plan.frames,

@@ -192,7 +192,7 @@ def selected_edit(graph):
 
 COMPARING = {
     "matching": (matched_edit, matching, "nearest_indices", "to match 8 frames of 12x8 tokens"),
-    "selection": (selected_edit, slimming, "nearest_tokens", "to select tokens of 8 keyframes of 12x8 tokens"),
+    "selection": (selected_edit, slimming, "best_cosines", "to select tokens of 8 keyframes of 12x8 tokens"),
 }
 
 

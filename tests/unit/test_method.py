@@ -7,10 +7,11 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from adaflow_pack.adaflow import slimming
 from adaflow_pack.adaflow.attention import extended_attention, frame_attention
-from adaflow_pack.adaflow.correspondence import index_dtype, nearest_indices, nearest_tokens
+from adaflow_pack.adaflow.correspondence import best_cosines, index_dtype, nearest_indices, nearest_tokens
 from adaflow_pack.adaflow.ddim import bracket, ddim_timesteps, inversion_step, sigma_to_mu
-from adaflow_pack.adaflow.descriptors import DescriptorWriter
+from adaflow_pack.adaflow.descriptors import DescriptorWriter, resize_tokens
 from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
 from adaflow_pack.adaflow.plan import EditPlan, KeyframePool
 from adaflow_pack.adaflow.propagation import blend_weight, gather_outputs, output_rows
@@ -44,20 +45,42 @@ def test_slim_extended_attention_equals_the_oracle(rng, budget):
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
-def test_selection_by_blocks_keeps_the_same_tokens(rng, block):
-    """Two resolutions at once, and never more than two blocks of descriptors in memory."""
-    levels = [tokens(rng, 7, 20, 8).float(), tokens(rng, 7, 6, 8).float()]
-    asked = []
+@pytest.mark.parametrize("group", [1, 2, 5])
+@pytest.mark.parametrize("spare_bytes", [0, 700, 1 << 20])
+def test_selection_by_blocks_keeps_the_same_tokens(rng, monkeypatch, block, group, spare_bytes):
+    """Never more than two blocks of descriptors in memory, and each pair of keyframes multiplied once if it may be."""
+    level, asked, multiplied = tokens(rng, 7, 20, 8), [], []
 
     def read(rows):
         asked.append(len(rows))
-        return [level[rows] for level in levels]
+        return level.float()[rows.start : rows.stop]
 
-    for level, kept in zip(levels, select_kv_by_blocks(read, 7, 3, block), strict=True):
-        assert torch.equal(kept, select_kv(level, 3))
-        order = oracles.importance(level.double(), 4).flatten().argsort(descending=True)[: 3 * level.shape[1]]
-        assert set(kept[4].tolist()) == set(order.tolist())
-    assert max(asked) == block
+    def counted(a, b, tile_elements=33 * 20):
+        multiplied.append(len(a) * len(b))
+        return best_cosines(a, b, tile_elements)
+
+    monkeypatch.setattr(slimming, "best_cosines", counted)
+    kept = select_kv_by_blocks(read, 7, 3, block, group, spare_bytes)
+    for query in range(7):
+        importance = oracles.importance(level, query)
+        importance[query] = 2.0
+        order = importance.flatten().argsort(descending=True)[: 3 * 20]
+        assert kept[query].tolist() == sorted(order.tolist())
+    assert max(asked) <= max(block, group)
+    if group == 1:
+        pairs = 7 * 6 // 2
+        assert sum(multiplied) == pairs if block == 7 or spare_bytes == 1 << 20 else sum(multiplied) > pairs
+
+
+@pytest.mark.parametrize("tile", [1, 50, 20 * 30, 1 << 24])
+def test_both_directions_of_a_product_equal_the_oracle(rng, tile):
+    a, b = tokens(rng, 3, 20, 16), tokens(rng, 2, 20, 16)
+    of_a, of_b = best_cosines(a.float(), b.float(), tile)
+    for i in range(3):
+        for j in range(2):
+            cosines = a[i] @ b[j].T
+            assert oracles.relative_error(of_a[j, i], cosines.max(1).values) < TOLERANCE
+            assert oracles.relative_error(of_b[i, j], cosines.max(0).values) < TOLERANCE
 
 
 def test_a_budget_of_all_keyframes_is_dense_attention(rng):
@@ -100,20 +123,36 @@ def test_the_pool_of_keyframes_holds_no_more_than_it_may(rng, tmp_path):
     writer = DescriptorWriter(tmp_path / "d.safetensors", maps.shape, "model", "clip", "made", torch.rand(9, 4, 3))
     writer.write(list(range(9)), maps)
     descriptors, keyframes = writer.close(), (0, 3, 4, 8)
-    one = maps[0].numel()
     read, original = [], descriptors.stored
     descriptors.stored = lambda frames, *args: (read.extend(frames), original(frames, *args))[1]
-    pool = KeyframePool(descriptors, keyframes, None, None, max_bytes=2 * one * 2 + 1, block_bytes=3 * one * 4)
-    assert pool.block == 3 and pool.size == (4, 6)
-    for rows in ([0, 1, 2], [3], [2, 1, 0]):
-        expected = descriptors.maps([keyframes[row] for row in rows])
+    pool = KeyframePool(descriptors, None, "cpu")
+    assert pool.sizes == [(4, 6), (2, 3), (1, 2), (1, 1)]
+    assert pool.frame_bytes == (24 + 6 + 2 + 1) * 8 * 4
+
+    def ask(frames, level):
         read.clear()
-        assert torch.equal(pool.maps(rows), expected)
-    assert read == [4]  # the first two stay, the others are read again
+        expected = original(list(frames)).float()
+        assert torch.equal(pool.tokens(frames, level), resize_tokens(expected, pool.sizes[level]))
+        assert pool.held_bytes <= most
+        return read
+
+    most = 2 * pool.frame_bytes + 1
+    pool.hold(keyframes, most)
+    assert ask((0, 3, 4), 0) == [0, 3, 4] and ask((8,), 1) == [8]
+    assert ask((4, 3, 0), 2) == [4]  # the first two stay, the others are read again
+    pool.hold((0, 4), most)
+    assert ask((0, 4), 0) == [4] and ask((4, 0), 0) == []  # one that is not needed makes room
+    most = pool.frame_bytes
+    pool.hold((), most)
+    assert ask((4,), 3) == [] and ask((0,), 3) == [0]
     plan = EditPlan(descriptors, Clips((0, 3, 4, 8), 9), KeyframeDraws())
-    for size in ((4, 6), (2, 3), (1, 2), (1, 1)):
+    for size in pool.sizes:
         kept = plan.kept(keyframes, 2, size)
         assert torch.equal(kept, select_kv(descriptors.tokens(list(keyframes), size), 2))
+        read.clear()
+        assert torch.equal(plan.kept(keyframes, 2, size), kept) and not read  # made once, for all sizes
+    plan.release()
+    assert torch.equal(plan.kept(keyframes, 2, (4, 6)), select_kv(descriptors.tokens(list(keyframes)), 2)) and read
     assert plan.kept(keyframes, 4, (4, 6)) is None
 
 

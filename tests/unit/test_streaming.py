@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from adaflow_pack.adaflow import matching, slimming
-from adaflow_pack.adaflow.descriptors import Descriptors, DescriptorWriter, resize_tokens
+from adaflow_pack.adaflow.descriptors import Descriptors, DescriptorWriter
 from adaflow_pack.adaflow.keyframes import Clips, CutThresholds, KeyframeDraws, cut_clips
 from adaflow_pack.adaflow.memory import SmallestBlockError
 from adaflow_pack.adaflow.picture import WIDEST, yt_picture
@@ -75,8 +75,9 @@ def test_selecting_tokens_takes_a_pool_of_limited_size(short_and_long):
     """Beyond the pool and two blocks only the result and the importance of a block's tokens grow with the keyframes."""
 
     def select(descriptors, keyframes, pool_bytes):
-        pool = KeyframePool(descriptors, keyframes, None, None, pool_bytes, 4 * FRAME_BYTES)
-        select_kv_by_blocks(lambda rows: [resize_tokens(pool.maps(rows), SIZE)], len(keyframes), 2, pool.block)
+        pool = KeyframePool(descriptors, None, "cpu")
+        pool.hold(keyframes, pool_bytes)
+        select_kv_by_blocks(lambda rows: pool.tokens(keyframes[rows.start : rows.stop], 0), len(keyframes), 2, 4)
 
     _, descriptors = short_and_long
     few, many = tuple(range(0, 400, 40)), tuple(range(0, 400, 5))
@@ -131,7 +132,7 @@ def test_another_error_of_a_stage_is_not_taken_for_lack_of_memory(short_and_long
         calls.append(1)
         raise RuntimeError("shapes do not match")
 
-    for module, name, work in ((matching, "nearest_indices", matched), (slimming, "nearest_tokens", selected)):
+    for module, name, work in ((matching, "nearest_indices", matched), (slimming, "best_cosines", selected)):
         monkeypatch.setattr(module, name, fail)
         with pytest.raises(RuntimeError, match="shapes do not match"):
             work(short_and_long[0])
