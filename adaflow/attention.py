@@ -1,7 +1,8 @@
 """Extended attention: a frame's queries over the keys and values of many frames (arXiv 2307.10373, section 4.1).
 
 The plain backend is PyTorch's scaled dot-product attention with the kept rows gathered first. A Triton kernel that
-reads them by index takes its place where ``KERNEL_FASTER`` says that it was measured to be faster.
+reads them by index takes its place where ``KERNEL_FASTER`` says that it was measured to be faster, and cuDNN's attention
+that of PyTorch's own choice where ``CUDNN_FASTER`` says so.
 """
 
 import functools
@@ -12,12 +13,21 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 logger = logging.getLogger(__name__)
-BACKEND_VARIABLE = "ADAFLOW_ATTENTION"  # "sdpa" or "triton", for benchmarks and tests: overrules the table
+BACKEND_VARIABLE = "ADAFLOW_ATTENTION"  # "sdpa", "cudnn" or "triton", for benchmarks and tests: overrules the tables
+GATHER_BYTES = 256 << 20  # of kept keys and values that are copied together: of as many query frames as fit
 # Compute capability -> channels of a head -> numbers of a layer's tokens at which benchmarks/attention.py found the
 # kernel to be faster. Empty: it was not measured yet.
 KERNEL_FASTER: dict[tuple[int, int], dict[int, range]] = {}
+# The same where PyTorch's attention, after a gather, is faster with cuDNN than with what it chooses by itself.
+CUDNN_FASTER: dict[tuple[int, int], dict[int, range]] = {}
+CUDNN_FIRST = [
+    getattr(SDPBackend, name)
+    for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+    if hasattr(SDPBackend, name)  # PyTorch before 2.5 knows no cuDNN
+]
 
 
 def frame_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -47,31 +57,61 @@ def extended_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kept: Tensor
     if kept is None:
         k, v = (x.flatten(0, 1)[None] for x in (k, v))
         return frame_attention(q.flatten(0, 1)[None], k, v, heads).view_as(q)
-    if _kernel_wanted(q, heads) and _kernel_works(q.device):
+    backend = _backend(q, heads)
+    if backend == "triton" and _kernel_works(q.device):
         from .attention_triton import slim_attention
 
         return slim_attention(q, k, v, heads, kept)
+    if backend == "cudnn" and _cudnn_works(q.device):
+        with sdpa_kernel(CUDNN_FIRST, set_priority=True):  # where cuDNN refuses a shape, the next one takes it
+            return gathered_attention(q, k, v, heads, kept)
     return gathered_attention(q, k, v, heads, kept)
 
 
-def gathered_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kept: Tensor) -> Tensor:
-    """The same, for ``kept`` that is given, with the kept rows of one query frame after the other copied together."""
+def gathered_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, kept: Tensor, gather_bytes: int = GATHER_BYTES
+) -> Tensor:
+    """The same, for ``kept`` that is given, with the kept rows copied together.
+
+    Args:
+        gather_bytes: of the copies of keys and values of the query frames that are attended together; one at least.
+    """
     flat_k, flat_v = k.flatten(0, 1), v.flatten(0, 1)
+    together = max(1, gather_bytes // (2 * kept.shape[1] * k.shape[2] * k.element_size()))
     out = q.new_empty(q.shape)
-    for frame in range(q.shape[0]):
-        rows = kept[frame].long()
-        out[frame] = frame_attention(q[frame][None], flat_k[rows][None], flat_v[rows][None], heads)[0]
+    for start in range(0, q.shape[0], together):
+        frames = slice(start, start + together)
+        rows = kept[frames].flatten()
+        keys, values = (x.index_select(0, rows).view(*kept[frames].shape, -1) for x in (flat_k, flat_v))
+        out[frames] = frame_attention(q[frames], keys, values, heads)
     return out
 
 
-def _kernel_wanted(q: Tensor, heads: int) -> bool:
+def _backend(q: Tensor, heads: int) -> str:
+    """The fastest one known for these queries: "sdpa", "cudnn" or "triton"."""
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
-        return False
+        return "sdpa"
     asked = os.environ.get(BACKEND_VARIABLE)
-    if asked in ("sdpa", "triton"):
-        return asked == "triton"
-    by_channels = KERNEL_FASTER.get(torch.cuda.get_device_capability(q.device), {})
-    return q.shape[1] in by_channels.get(q.shape[2] // heads, range(0))
+    if asked in ("sdpa", "cudnn", "triton"):
+        return asked
+    capability = torch.cuda.get_device_capability(q.device)
+    for name, table in (("triton", KERNEL_FASTER), ("cudnn", CUDNN_FASTER)):
+        if q.shape[1] in table.get(capability, {}).get(q.shape[2] // heads, range(0)):
+            return name
+    return "sdpa"
+
+
+@functools.cache
+def _cudnn_works(device: torch.device) -> bool:
+    """Whether PyTorch can be told to try cuDNN first, and it runs there; if not, a message says why, once."""
+    try:
+        tokens = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=device)
+        with sdpa_kernel(CUDNN_FIRST[:1], set_priority=True):
+            F.scaled_dot_product_attention(tokens, tokens, tokens)
+    except (RuntimeError, TypeError) as error:  # no cuDNN for it; a PyTorch before 2.6 knows no priority
+        logger.warning("AdaFlow: cuDNN's attention does not run here, PyTorch chooses: %s", error)
+        return False
+    return True
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import oracles
 import pytest
 import torch
 from adaflow_pack.adaflow import slimming
-from adaflow_pack.adaflow.attention import extended_attention, frame_attention
+from adaflow_pack.adaflow.attention import extended_attention, frame_attention, gathered_attention
 from adaflow_pack.adaflow.correspondence import best_cosines, index_dtype, nearest_indices, nearest_tokens
 from adaflow_pack.adaflow.ddim import bracket, ddim_timesteps, inversion_step, sigma_to_mu
 from adaflow_pack.adaflow.descriptors import DescriptorWriter, resize_tokens
@@ -81,6 +81,15 @@ def test_both_directions_of_a_product_equal_the_oracle(rng, tile):
             cosines = a[i] @ b[j].T
             assert oracles.relative_error(of_a[j, i], cosines.max(1).values) < TOLERANCE
             assert oracles.relative_error(of_b[i, j], cosines.max(0).values) < TOLERANCE
+
+
+@pytest.mark.parametrize("together", [0, 1, 2, 3, 9])
+def test_query_frames_attended_together_equal_the_oracle(rng, together):
+    q, k, v = torch.randn(3, 5, 21, 24, generator=rng, dtype=torch.float64)
+    descriptors = tokens(rng, 5, 21, 16)
+    kept, row_bytes = select_kv(descriptors.float(), 2), 2 * 2 * 21 * 24 * 4
+    out = gathered_attention(q.float(), k.float(), v.float(), 3, kept, together * row_bytes + row_bytes // 2)
+    assert oracles.relative_error(out, oracles.slim_attention(q, k, v, 3, descriptors, 2)) < TOLERANCE
 
 
 def test_a_budget_of_all_keyframes_is_dense_attention(rng):
