@@ -1,8 +1,8 @@
 """Extended attention: a frame's queries over the keys and values of many frames (arXiv 2307.10373, section 4.1).
 
 The plain backend is PyTorch's scaled dot-product attention with the kept rows gathered first. A Triton kernel that
-reads them by index takes its place where ``KERNEL_FASTER`` says that it was measured to be faster, and cuDNN's attention
-that of PyTorch's own choice where ``CUDNN_FASTER`` says so.
+reads them by index takes its place where ``KERNEL_FASTER`` says that it was measured to be faster, and cuDNN's
+attention that of PyTorch's own choice where ``CUDNN_FASTER`` says so.
 """
 
 import functools

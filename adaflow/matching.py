@@ -82,6 +82,27 @@ class Matches:
         Returns:
             (frames, height * width) int16 or int32, on the CPU.
         """
+        sizes = layer_sizes(*self._size(area))
+        first = sum(height * width for height, width in sizes[: sizes.index(size)])
+        return torch.stack(self._rows(frames, keyframes, area))[:, first : first + size[0] * size[1]]
+
+    def on(
+        self, frames: Sequence[int], keyframes: Sequence[int], area: Area | None, device: torch.device | str
+    ) -> dict[Size, Tensor]:
+        """The same at every resolution on a device, with one copy to it that is not waited for.
+
+        Returns:
+            (height, width) -> (frames, height * width) int16 or int32, parts of one tensor.
+        """
+        rows = self._rows(frames, keyframes, area)
+        sizes, on_gpu = layer_sizes(*self._size(area)), torch.device(device).type == "cuda"
+        table = torch.empty(len(rows), len(rows[0]), dtype=rows[0].dtype, pin_memory=on_gpu)
+        table = torch.stack(rows, out=table).to(device, non_blocking=on_gpu)
+        parts = table.split([height * width for height, width in sizes], dim=1)
+        return dict(reversed(list(zip(sizes, parts, strict=True))))  # the finest of equal sizes, as of() finds it
+
+    def _rows(self, frames: Sequence[int], keyframes: Sequence[int], area: Area | None) -> list[Tensor]:
+        """Of each pair the matches at all resolutions, one after the other."""
         pairs = list(zip(frames, keyframes, strict=True))
         rows = {pair: self._cache.get((*pair, area)) for pair in pairs}
         missing: dict[tuple[int, int], list[Pair]] = {}
@@ -93,9 +114,7 @@ class Matches:
             for (clip, other), asked in missing.items():
                 rows |= self._make(clip, other, asked, area)
             self.seconds += time.perf_counter() - started
-        sizes = layer_sizes(*self._size(area))
-        first = sum(height * width for height, width in sizes[: sizes.index(size)])
-        return torch.stack([rows[pair] for pair in pairs])[:, first : first + size[0] * size[1]]
+        return [rows[pair] for pair in pairs]
 
     def _size(self, area: Area | None) -> Size:
         return self._descriptors.size if area is None else area[:2]
@@ -124,6 +143,7 @@ class Matches:
         stored = self._reader(clip, area)
         keyframes = sorted({keyframe for _, keyframe in pairs})
         block = self._room.rows(self._keyframe_bytes(area), len(keyframes))
+        coming = None  # rows on their way from the device, while the next ones are made
         for first in range(0, len(keyframes), block):
             tokens = {keyframe: self._tokens(stored([keyframe])) for keyframe in keyframes[first : first + block]}
             for frames in self._runs(clip):
@@ -131,7 +151,9 @@ class Matches:
                 if chosen:
                     self._between()
                     queries = self._tokens(stored(list(frames)))
-                    made |= self._match(chosen, frames, queries, tokens)
+                    before, coming = coming, self._match(chosen, frames, queries, tokens)
+                    made |= before() if before else {}
+        made |= coming() if coming else {}
 
     def _keyframe_bytes(self, area: Area | None) -> int:
         """Of a keyframe's tokens at every resolution, as they are compared."""
@@ -184,11 +206,31 @@ class Matches:
 
     def _match(
         self, pairs: list[Pair], frames: range, queries: list[Tensor], keys: dict[int, list[Tensor]]
-    ) -> dict[Pair, Tensor]:
-        """Each pair's matches at all resolutions, one after the other in a row."""
+    ) -> Callable[[], dict[Pair, Tensor]]:
+        """Each pair's matches at all resolutions, one after the other in a row, once the device has found them.
+
+        At the coarse resolutions all ``frames`` are compared in one product, whichever are asked for: what is found
+        does not depend on that.
+        """
         counts = [level.shape[1] for level in queries]
-        rows = torch.empty(len(pairs), sum(counts), dtype=index_dtype(counts[0]), device=queries[0].device)
-        for row, (frame, keyframe) in zip(rows, pairs, strict=True):
-            for level, found in enumerate(row.split(counts)):
-                nearest_indices(queries[level][frame - frames.start], keys[keyframe][level][0], found)
-        return {pair: row.clone() for pair, row in zip(pairs, rows.cpu(), strict=True)}  # not views that keep all alive
+        slots = {keyframe: slot for slot, keyframe in enumerate(dict.fromkeys(keyframe for _, keyframe in pairs))}
+        table = queries[0].new_empty(len(slots), len(frames), sum(counts), dtype=index_dtype(counts[0]))
+        for frame, keyframe in pairs:
+            row = table[slots[keyframe], frame - frames.start]
+            nearest_indices(queries[0][frame - frames.start], keys[keyframe][0][0], row[: counts[0]])
+        for keyframe, slot in slots.items():
+            for level, part in list(enumerate(table[slot].split(counts, dim=1)))[1:]:
+                found = part.new_empty(part.numel())
+                nearest_indices(queries[level].flatten(0, 1), keys[keyframe][level][0], found)
+                part.copy_(found.view_as(part))
+        copy, copied = table, None
+        if table.is_cuda:
+            copy = torch.empty(table.shape, dtype=table.dtype, pin_memory=True).copy_(table, non_blocking=True)
+            copied = torch.cuda.current_stream(table.device).record_event()
+
+        def rows() -> dict[Pair, Tensor]:
+            if copied is not None:
+                copied.synchronize()
+            return {(f, k): copy[slots[k], f - frames.start].clone() for f, k in pairs}  # no views that keep all alive
+
+        return rows

@@ -196,6 +196,16 @@ class EditPlan:
         """
         return self._matches.of(frames, keyframes, size, area)
 
+    def matches_on(
+        self, frames: list[int], keyframes: tuple[int, ...], area: Area | None, device: torch.device | str
+    ) -> dict[Size, Tensor]:
+        """The same at every resolution on a device: one copy, from pinned memory to a GPU, that nothing waits for.
+
+        Returns:
+            (height, width) of a layer -> (frames, height * width) int16 or int32, parts of one tensor.
+        """
+        return self._matches.on(frames, keyframes, area, device)
+
     def kept(self, keyframes: tuple[int, ...], budget: int, size: Size, area: Area | None = None) -> Tensor | None:
         """Flat indices of the keys and values that each keyframe keeps, or None for all.
 

@@ -195,6 +195,20 @@ def test_frames_are_matched_in_the_same_groups_whatever_was_matched_before(rng):
     assert asked[0] == asked[1]
 
 
+def test_matches_of_all_resolutions_on_a_device_equal_the_oracle(rng):
+    clips, frames = Clips((0, 3, 12), 20), torch.randperm(20, generator=rng)[:13].tolist()
+    keyframes = tuple((1, 7, 19)[clips.of(frame)] for frame in frames)
+    maps = DescriptorsInMemory(rng, 20, (6, 9))
+    tables = EditPlan(maps, clips, KeyframeDraws()).matches_on(frames, keyframes, None, "cpu")
+    assert list(tables) == [(1, 2), (2, 3), (3, 5), (6, 9)]
+    plan = EditPlan(maps, clips, KeyframeDraws())
+    for size, table in tables.items():
+        assert torch.equal(table, plan.matches(frames, keyframes, size))
+        exact = resize_tokens(maps.stored([*frames, *keyframes]).double(), size)
+        for row, query, key in zip(table, exact[:13], exact[13:], strict=True):
+            assert torch.equal(row.long(), oracles.nearest(query, key))
+
+
 def propagated(plan, steps, interpolate):
     """What propagation asks of a plan, chunk after chunk: {(step, frame, keyframe): matches at (4, 6)}."""
     found = {}
