@@ -15,9 +15,9 @@ CASES = [(heads, channels, dtype) for heads, channels in ((2, 40), (2, 64), (3, 
          ("float16", "float32")]  # fmt: skip
 
 
-def kernel_module():
-    path = Path(__file__).resolve().parents[2] / "adaflow" / "attention_triton.py"
-    spec = importlib.util.spec_from_file_location("attention_triton", path)
+def kernel_module(name: str):
+    path = Path(__file__).resolve().parents[2] / "adaflow" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -36,7 +36,7 @@ def error(kernel, heads: int, channels: int, dtype: torch.dtype, tokens: int, ke
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
-    module, errors = kernel_module(), {}
+    module, errors = kernel_module("attention_triton"), {}
     torch.seed()
     for case in CASES:
         heads, channels, dtype = case

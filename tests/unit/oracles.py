@@ -74,3 +74,26 @@ def invert(x0, eps, steps):
 
 def relative_error(value, reference):
     return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def group_norm(x, groups, weight, bias, eps, silu, shift=None):
+    """Of (N, S, C), or of that plus ``shift`` (N, C); one group of one image at a time."""
+    x = x.double() if shift is None else x.double() + shift.double()[:, None]
+    out = torch.empty_like(x)
+    for image in range(x.shape[0]):
+        for part, into in zip(x[image].chunk(groups, -1), out[image].chunk(groups, -1), strict=True):
+            into[:] = (part - part.mean()) / ((part - part.mean()).square().mean() + eps).sqrt()
+    out = out * weight.double() + bias.double()
+    return out / (1 + torch.exp(-out)) if silu else out
+
+
+def layer_norm(x, weight, bias, eps):
+    """Over the last dimension."""
+    x = x.double() - x.double().mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
+
+
+def geglu(x):
+    """Half of the channels times the exact GELU of the other half."""
+    value, gate = x.double().chunk(2, -1)
+    return value * gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2)))

@@ -1,0 +1,100 @@
+"""What lies between a UNet's convolutions and matrix products, on tokens: (images, tokens, channels), contiguous.
+
+That is how a channels_last image lies in memory. cuDNN's half precision convolutions work in that layout, PyTorch's
+GroupNorm does not. On a GPU these are Triton kernels (``fused_triton.py``), elsewhere PyTorch's own operations.
+"""
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool = False,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """GroupNorm over each group of channels and all tokens of an image, of ``x`` or of ``x + shift``.
+
+    Args:
+        x: (images, tokens, channels).
+        weight, bias: (channels,), of any type; both or none.
+        silu: SiLU afterwards.
+        shift: (images, channels), the same for all tokens.
+
+    Returns:
+        (images, tokens, channels) of the type of ``x``.
+    """
+    if x.device.type == "cuda":
+        from . import fused_triton
+
+        return fused_triton.group_norm(x, groups, weight, bias, eps, silu, shift)
+    x = x if shift is None else x + shift[:, None]
+    weight, bias = (None if values is None else values.to(x.dtype) for values in (weight, bias))
+    out = F.group_norm(x.transpose(1, 2), groups, weight, bias, eps).transpose(1, 2)
+    return (F.silu(out) if silu else out).contiguous()
+
+
+def add(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """``x + y``, and ``bias`` by channel."""
+    if bias is None:
+        return x + y
+    if x.device.type == "cuda" and x.dtype == y.dtype:
+        from . import fused_triton
+
+        return fused_triton.add(x, y, bias)
+    return x + y + bias
+
+
+def geglu(x: Tensor) -> Tensor:
+    """The first half of the channels, times the exact GELU of the second (arXiv 2002.05202)."""
+    if x.device.type == "cuda":
+        from . import fused_triton
+
+        return fused_triton.geglu(x)
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def add_layer_norm(
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``x + y``, and its LayerNorm over the channels; both of the type of ``x``.
+
+    Args:
+        weight, bias: (channels,), of any type; both or none.
+    """
+    if x.device.type == "cuda":
+        from . import fused_triton
+
+        return fused_triton.add_layer_norm(x, y, weight, bias, eps)
+    total = x + y
+    weight, bias = (None if values is None else values.to(x.dtype) for values in (weight, bias))
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+@functools.cache
+def kernels_work(device: torch.device) -> bool:
+    """Whether the kernels compile and run there; if not, a message says why, once."""
+    try:
+        from . import fused_triton
+
+        x, ones = torch.zeros(1, 16, 64, dtype=torch.float16, device=device), torch.ones(64, device=device)
+        fused_triton.group_norm(x, 32, ones, ones, 1e-5, True, x[:, 0])
+        fused_triton.add(x, x, ones)
+        fused_triton.geglu(x)
+        fused_triton.add_layer_norm(x, x, ones, ones, 1e-5)
+    except Exception as error:  # no Triton, no C compiler for it, a GPU that it does not know
+        logger.warning("AdaFlow: its kernels for norms do not run here, the UNet's blocks run as they are: %s", error)
+        return False
+    return True

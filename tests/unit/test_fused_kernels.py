@@ -1,0 +1,68 @@
+"""The fused Triton kernels against the oracles, in Triton's interpreter on the CPU; ``test_gpu.py`` runs them compiled.
+
+The plain operations that take their place without a GPU are held against the same oracles.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import oracles
+import pytest
+import torch
+from adaflow_pack.adaflow import fused
+
+TOLERANCE = {"float16": 4e-4, "float32": 2e-5}
+COUNTS = {"group_norm": 6, "geglu": 3, "add": 2, "add_layer_norm": 4}
+
+
+@pytest.fixture(scope="module")
+def errors(root):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton: torch's builds for NVIDIA GPUs on Linux bring it along")
+    script = root / "tests" / "unit" / "interpreted_fused.py"
+    run = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
+        pytest.skip("Triton before 3.7 cannot interpret loops with this numpy")
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_kernel_equals_its_oracle(errors, name, dtype):
+    found = errors[f"{name}-{dtype}"]
+    assert len(found) == COUNTS[name] and max(found) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_the_plain_group_norm_equals_its_oracle(silu, shifted):
+    x, weight, bias = torch.randn(3, 35, 60), torch.randn(60).double(), torch.randn(60)
+    shift = torch.randn(3, 60) if shifted else None
+    found = fused.group_norm(x, 6, weight, bias, 1e-5, silu, shift)
+    assert found.is_contiguous()
+    assert oracles.relative_error(found, oracles.group_norm(x, 6, weight, bias, 1e-5, silu, shift)) < 1e-5
+
+
+def test_the_other_plain_operations_equal_their_oracles():
+    x, y, weight, bias = torch.randn(3, 7, 40), torch.randn(3, 7, 40), torch.randn(40).double(), torch.randn(40)
+    assert oracles.relative_error(fused.geglu(x), oracles.geglu(x)) < 1e-6
+    assert oracles.relative_error(fused.add(x, y, bias), x.double() + y.double() + bias.double()) < 1e-6
+    total, out = fused.add_layer_norm(x, y, weight, bias, 1e-5)
+    assert torch.equal(total, x + y)
+    assert oracles.relative_error(out, oracles.layer_norm(total, weight, bias, 1e-5)) < 1e-5
+
+
+def test_kernels_that_cannot_run_are_said_and_not_used(caplog):
+    """Without a GPU they cannot be launched."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: the kernels run")
+    fused.kernels_work.cache_clear()
+    assert not fused.kernels_work(torch.device("cpu"))
+    assert "run as they are" in caplog.text
+    fused.kernels_work.cache_clear()
