@@ -14,7 +14,7 @@ FAMILIES = {  # the first that fits a kernel's name
     "matrix products": r"gemm|cutlass|nvjet|cublas|xmma",
     "norms": r"norm|moments",
     "copies, gathers, concatenations": r"copy|cat|memcpy|memset|index|gather",
-    "elementwise": r"elementwise|vectorized|reduce",
+    "elementwise": r"elementwise|vectorized|reduce|^_add$|^_geglu$",
 }
 
 

@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from ...adaflow.attention import frame_attention
 from ...adaflow.memory import is_out_of_memory
+from .fast_blocks import BLOCK_PATCHES
 from .taps import restore_forward
 
 logger = logging.getLogger(__name__)
 BACKEND = "inductor"
 LONGEST_REASON = 300
-BLOCK_PATCHES = {
-    "attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch",
-}  # fmt: skip
 
 
 class BlockCompiler:

@@ -174,7 +174,7 @@ class EditEvaluator:
         self.plan.expect(range(step, self.steps), self.settings.interpolate, _stop_if_cancelled)
         evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
         try:
-            with tapped(self.unet, self.family, blocks=self.compiler is not None):
+            with tapped(self.unet, self.family):
                 out = evaluation.run()
         finally:
             evaluation.state.shelf.clear()  # an error's traceback would keep it

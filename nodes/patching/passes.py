@@ -152,13 +152,16 @@ class PropagationPass(UNetPass):
 
     def block(self, call, block, attentions, forward, args):
         if self._compiler is None or not self._compiler.takes(block, args):
-            return forward(*args)
+            return super().block(call, block, attentions, forward, args)
         size = args[0].shape[2:].numel()
         outputs = {attn: self._output(call, layer, call.layer_size(size)) for layer, attn in attentions}
         return self._compiler.run(block, forward, args, outputs)
 
     def self_attention(self, call, layer, attn, x, context, value):
-        return self._output(call, layer, call.layer_size(x.shape[1]))
+        return self.given(call, layer, x.shape[1])
+
+    def given(self, call, layer, tokens):
+        return self._output(call, layer, call.layer_size(tokens))
 
     def _output(self, call: UNetCall, layer: Layer, size) -> Tensor:
         """Of one self-attention, (branches * frames, tokens, channels)."""

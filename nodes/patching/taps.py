@@ -1,4 +1,4 @@
-"""Hooks on a UNet's self-attentions, on the injected ResBlock and, if asked, on whole blocks, held for one evaluation.
+"""Hooks on a UNet's self-attentions, on the injected ResBlock and on whole blocks, held for one evaluation.
 
 A pass (see ``passes.py``) travels in ``transformer_options["adaflow"]``; the DIFFUSION_MODEL wrapper binds it to the
 forward that is running, and the hooks hand that forward's activations to it. A context variable carries the binding,
@@ -16,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 
 from ...adaflow.descriptors import layer_sizes
+from . import fast_blocks
 from .families import UNetFamily
 
 PASS_KEY = "adaflow"
@@ -44,12 +45,14 @@ class UNetCall:
         branches: for each of the conditionings batched in it, ComfyUI's uuid; the batch is (branches, frames).
         size: (height, width) of the latent, or of the area that is evaluated.
         levels: resolutions of the UNet.
+        fast: whether blocks are run as ``fast_blocks.py`` does.
     """
 
     step_pass: "UNetPass"
     branches: tuple
     size: tuple[int, int]
     levels: int
+    fast: bool = False
 
     def layer_size(self, tokens: int) -> tuple[int, int]:
         """(height, width) of the layer that has so many tokens.
@@ -79,7 +82,15 @@ class UNetPass:
         self, call: UNetCall, block: nn.Module, attentions: list["Tap"], forward: Callable, args: tuple
     ) -> Tensor:
         """Output of a ResBlock or SpatialTransformer with these self-attentions; ``forward`` is its own."""
-        return forward(*args)
+        if not call.fast:
+            return forward(*args)
+        layers = {layer.depth: layer for layer, _ in attentions}
+        tokens = args[0].shape[2:].numel()
+        return fast_blocks.run(block, forward, args, lambda depth: self.given(call, layers[depth], tokens))
+
+    def given(self, call: UNetCall, layer: Layer, tokens: int) -> Tensor | None:
+        """What :meth:`self_attention` returns at a layer of so many tokens, if that does not depend on its input."""
+        return None
 
     def self_attention(self, call: UNetCall, layer: Layer, attn: nn.Module, x: Tensor, context, value) -> Tensor | None:
         """Output of ``attn`` after its output projection, (batch, tokens, channels), or None to leave it alone."""
@@ -108,11 +119,10 @@ def self_attentions(unet: nn.Module) -> Iterator[Tap]:
 
 
 @contextmanager
-def tapped(unet: nn.Module, family: UNetFamily, blocks: bool = False):
-    """Hold the hooks on ``unet``; every one is gone when the block is left, whatever the reason.
+def tapped(unet: nn.Module, family: UNetFamily):
+    """Hold the hooks on ``unet``, but for blocks that somebody else holds.
 
-    Args:
-        blocks: hold them on whole blocks too, but for the injected one and those that somebody else holds.
+    Every one is gone when the context is left, whatever the reason.
     """
     undo = []
 
@@ -142,6 +152,15 @@ def tapped(unet: nn.Module, family: UNetFamily, blocks: bool = False):
 
         return forward
 
+    def out_forward(out: nn.Module):
+        original = out.forward
+
+        def forward(x):
+            call = _running.get()
+            return original(x) if call is None or not call.fast else fast_blocks.run_out(out, original, x)
+
+        return forward
+
     def conv_hook(module, args, output):
         call = _running.get()
         return None if call is None else call.step_pass.conv_feature(call, output)
@@ -156,10 +175,12 @@ def tapped(unet: nn.Module, family: UNetFamily, blocks: bool = False):
         for layer, attn in attentions:
             put(attn, attention_forward(layer, attn))
         conv = unet.output_blocks[family.conv_block][0]
-        for block in unet.modules() if blocks else ():
-            if type(block) in (ResBlock, SpatialTransformer) and block is not conv and "forward" not in vars(block):
+        for block in unet.modules():
+            if type(block) in (ResBlock, SpatialTransformer) and "forward" not in vars(block):
                 inside = set(block.modules())
                 put(block, block_forward(block, [tap for tap in attentions if tap[1] in inside]))
+        if "forward" not in vars(unet.out):
+            put(unet.out, out_forward(unet.out))
         undo.append(conv.out_layers[-1].register_forward_hook(conv_hook).remove)
         undo.append(unet.output_blocks[family.descriptor_block][-1].register_forward_hook(descriptor_hook).remove)
         yield
@@ -186,9 +207,10 @@ def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict)
     step_pass = options.get(PASS_KEY)
     if step_pass is None:
         return executor(x, *args, **kwargs)
-    if step_pass.channels_last:
+    fast = fast_blocks.wanted(x)
+    if fast or step_pass.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    call = UNetCall(step_pass, tuple(options["uuids"]), tuple(x.shape[-2:]), family.levels)
+    call = UNetCall(step_pass, tuple(options["uuids"]), tuple(x.shape[-2:]), family.levels, fast)
     token = _running.set(call)
     try:
         return executor(x, *args, **kwargs)

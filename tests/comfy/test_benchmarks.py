@@ -45,6 +45,14 @@ def test_performance_without_matching_tells_no_whole_and_begins_nothing_after_it
     assert result["cases"] == [] and len(result["left out for lack of time"]) == 2
 
 
+def test_norms(root, tmp_path):
+    result = run(root, tmp_path, "norms.py", "--small")
+    assert [row["channels"] for row in result["norms"]] == [64, 96]
+    assert [row["forward"] for row in result["forwards"]] == ["plain", "self-attention given"]
+    rows = [*result["norms"], *result["blocks"], *result["forwards"]]
+    assert all(row["difference"] < 1e-5 and row["times faster"]["fast"] > 0 for row in rows)
+
+
 def test_attention(root, tmp_path):
     pytest.importorskip("triton")
     result = run(root, tmp_path, "attention.py", "--small")

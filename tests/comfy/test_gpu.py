@@ -3,6 +3,7 @@
 What it measures is written as JSON to ``$ADAFLOW_GPU_RESULTS``, if set; a run on one is in ``benchmarks/results``.
 """
 
+import copy
 import gc
 import json
 import os
@@ -13,10 +14,12 @@ import comfy.model_management
 import oracles
 import pytest
 import torch
-from adaflow_pack.adaflow import attention, matching
+from adaflow_pack.adaflow import attention, fused, matching
 from adaflow_pack.adaflow import plan as plan_module
 from adaflow_pack.adaflow.correspondence import matching_dtype, nearest_indices
-from adaflow_pack.nodes.patching import patch
+from adaflow_pack.nodes.patching import fast_blocks, patch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.patcher_extension import WrappersMP
 from graph import Graph, plain_euler, select
 from models import SD2_FULL, SHAPES, clip_latent, random_model, small_model
@@ -83,6 +86,26 @@ def test_the_attention_kernel_equals_the_oracle(dtype, tolerance, heads, channel
     assert found < tolerance
 
 
+@pytest.mark.parametrize("channels, tokens", [(320, 4032), (960, 1008), (2560, 66), (1920, 252)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-4), (torch.bfloat16, 3e-3)])
+def test_the_fused_kernels_equal_the_oracles(dtype, tolerance, channels, tokens):
+    x, y = ((torch.randn(3, tokens, channels, device="cuda") + 5).to(dtype) for _ in range(2))
+    shift, (weight, bias) = (torch.randn(n, channels, device="cuda").to(dtype) for n in (3, 2))
+    total, normed = fused.add_layer_norm(x, y, weight, bias, 1e-5)
+    found = {
+        "group_norm": (
+            fused.group_norm(x, 32, weight, bias.float(), 1e-5, True, shift),
+            oracles.group_norm(x, 32, weight, bias, 1e-5, True, shift),
+        ),
+        "add": (fused.add(x, y, bias), x.double() + y.double() + bias.double()),
+        "geglu": (fused.geglu(x - 5), oracles.geglu(x - 5)),
+        "add_layer_norm": (normed, oracles.layer_norm(total, weight, bias, 1e-5)),
+    }
+    errors = {name: oracles.relative_error(*pair) for name, pair in found.items()}
+    RESULTS[f"fused kernels, {channels} channels, {tokens} tokens, {dtype}"] = errors
+    assert max(errors.values()) < tolerance
+
+
 @pytest.fixture(scope="module")
 def full_size():
     """SD 2.1's UNet with random weights, half precision, and the clip that it inverted at 384x672."""
@@ -122,6 +145,51 @@ def test_a_step_with_the_attention_kernel(full_size, monkeypatch):
     found = oracles.relative_error(steps[1], steps[0])
     RESULTS["one step at full size, float16, attention kernel against PyTorch's"] = found
     assert found < 1e-2
+
+
+def test_fast_blocks_are_as_exact_as_their_own_forwards(full_size):
+    """Both in float16, against the own forward in float32; every block of the UNet."""
+    errors = {}
+    with torch.inference_mode():
+        for name, block in full_size.model.model.diffusion_model.named_modules():
+            if type(block) is ResBlock:
+                x, channels = torch.randn(2, block.channels, 12, 21, device="cuda"), block.emb_channels
+                rest = (torch.randn(2, channels, device="cuda"),)
+            elif type(block) is SpatialTransformer:
+                x, rest = torch.randn(2, block.in_channels, 12, 21, device="cuda"), (torch.randn(2, 77, 1024).cuda(),)
+            else:
+                continue
+            half, options = block.to("cuda"), () if type(block) is ResBlock else ({},)
+            exact = copy.deepcopy(block).float()(x, *rest, *options)
+            args = (x.half(), *(values.half() for values in rest), *options)
+            own, fast = half(*args), fast_blocks.run(half, refused, args, lambda number: None)
+            errors[name] = [oracles.relative_error(out, exact) for out in (own, fast)]
+            assert errors[name][1] < max(1.2 * errors[name][0], 1e-3)
+    own, fast = (max(pair[index] for pair in errors.values()) for index in (0, 1))
+    RESULTS["blocks at full size, float16 against float32, largest"] = {"own": own, "fast": fast}
+    assert len(errors) == 22 + 16
+
+
+def refused(*_):
+    raise AssertionError("the block ran as it is")
+
+
+def test_a_step_with_fast_blocks(full_size, monkeypatch):
+    plan, steps, found = select(full_size.descriptors, -1.0, -1.0, max_clip=24, mode="fixed"), {}, {}
+    for kind in ("own", "fast", "own", "fast"):  # the first two warm up
+        monkeypatch.setenv(fast_blocks.VARIABLE, kind)
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        steps[kind] = one_step(full_size, plan, (1.0, 1.0), chunk=32)
+        torch.cuda.synchronize()
+        found[kind] = {"seconds": time.perf_counter() - started, "peak GiB": torch.cuda.max_memory_allocated() / 2**30}
+    assert fused.kernels_work(torch.device("cuda", torch.cuda.current_device()))
+    difference = oracles.relative_error(steps["fast"], steps["own"])
+    RESULTS["one step at full size, float16, fast blocks against their own forwards"] = {
+        "difference": difference
+    } | found
+    assert 0 < difference < 1e-2
 
 
 def test_activations_that_wait_in_host_memory(full_size, monkeypatch):

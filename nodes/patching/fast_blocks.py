@@ -1,0 +1,203 @@
+"""ResBlocks and SpatialTransformers of a UNet, run in channels_last with fused norms; the same as their own forwards.
+
+Used where ``wanted`` says so, for blocks that ComfyUI's own classes make up and that nobody hooked. Convolutions leave
+their bias to the kernel that reads their output next; tokens and images are views of the same memory.
+"""
+
+import inspect
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from comfy import ops
+from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from torch import Tensor, nn
+
+from ...adaflow import fused
+
+VARIABLE = "ADAFLOW_BLOCKS"  # "own" or "fast", for benchmarks and tests: overrules the choice by device
+BLOCK_PATCHES = {
+    "attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch",
+}  # fmt: skip
+_OPERATIONS = (nn, ops.disable_weight_init, ops.manual_cast)
+_CONVS, _LINEARS, _GROUP_NORMS, _LAYER_NORMS = (
+    tuple(getattr(kinds, name) for kinds in _OPERATIONS) for name in ("Conv2d", "Linear", "GroupNorm", "LayerNorm")
+)
+_PASSES_OPTIONS = "transformer_options" in inspect.signature(CrossAttention.forward).parameters
+
+
+def wanted(x: Tensor) -> bool:
+    """Whether a forward of the UNet on ``x`` is to run its blocks like this."""
+    asked = os.environ.get(VARIABLE)
+    if asked == "own" or torch.is_grad_enabled() or x.ndim != 4:
+        return False
+    if x.device.type != "cuda":
+        return asked == "fast"
+    return x.dtype in fused.HALF and fused.kernels_work(x.device)
+
+
+def run(block: nn.Module, forward: Callable, args: tuple, given: Callable[[int], Tensor | None]) -> Tensor:
+    """The output of ``block``, by its own ``forward`` if it is not built or used as is known here.
+
+    Args:
+        args: of that: ``(x, emb)`` of a ResBlock, ``(x, context, transformer_options)`` of a SpatialTransformer.
+        given: by number of a transformer block in it, the output of its self-attention after the output projection,
+            (batch, tokens, channels), if that does not depend on ``x``.
+    """
+    if type(block) is ResBlock and len(args) == 2 and _is_known_res_block(block, args[0]):
+        return _res_block(block, *args)
+    if type(block) is SpatialTransformer and len(args) == 3 and _is_known_transformer(block, args[0]):
+        return _transformer(block, *args, given)
+    return forward(*args)
+
+
+def run_out(out: nn.Module, forward: Callable, x: Tensor) -> Tensor:
+    """The output of a UNet's last layers: norm, SiLU, convolution."""
+    if not (_is(out, nn.Sequential) and len(out) == 3 and _is_norm(out[0], x) and _is(out[1], nn.SiLU)):
+        return forward(x)
+    return out[2](_image(_group_norm(out[0], _tokens(x), silu=True), x.shape[2:]))
+
+
+def _is(module: nn.Module, *kinds: type) -> bool:
+    """Whether it is just that, with nothing hung on it."""
+    if type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return False
+    if getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
+        return False
+    return all(type(weight) in (nn.Parameter, Tensor, type(None)) for weight in module._parameters.values())
+
+
+def _is_norm(module: nn.Module, x: Tensor, kinds=_GROUP_NORMS) -> bool:
+    return _is(module, *kinds) and (module.weight is None or module.weight.device == x.device)
+
+
+def _is_conv(module: nn.Module, x: Tensor) -> bool:
+    """Whether its weight can be used as it is."""
+    if not _is(module, *_CONVS) or module.padding_mode != "zeros":
+        return False
+    return module.weight.device == x.device and module.weight.dtype == x.dtype
+
+
+def _is_known_res_block(block: ResBlock, x: Tensor) -> bool:
+    if block.updown or block.use_scale_shift_norm or block.exchange_temb_dims or x.ndim != 4:
+        return False
+    if not (_is(block.in_layers, nn.Sequential) and _is(block.out_layers, nn.Sequential)):
+        return False
+    if len(block.in_layers) != 3 or len(block.out_layers) != 4 or not _is(block.out_layers[2], nn.Dropout):
+        return False
+    (norm_in, silu_in, conv_in), (norm_out, silu_out, dropout, _) = block.in_layers, block.out_layers
+    return (
+        _is_norm(norm_in, x)
+        and _is_norm(norm_out, x)
+        and _is(silu_in, nn.SiLU)
+        and _is(silu_out, nn.SiLU)
+        and _is_conv(conv_in, x)
+        and not (dropout.training and dropout.p)
+    )
+
+
+def _is_known_transformer(block: SpatialTransformer, x: Tensor) -> bool:
+    return _is_norm(block.norm, x)
+
+
+def _is_known_inner(inner: nn.Module, x: Tensor, options: dict) -> bool:
+    """Whether a transformer's block is without patches, and of Stable Diffusion's kind."""
+    if set(options.get("patches", ())) & BLOCK_PATCHES:
+        return False
+    if any(options.get("patches_replace", {}).get(kind) for kind in ("attn1", "attn2")):
+        return False
+    if not _is(inner, BasicTransformerBlock) or inner.ff_in or not inner.is_res or inner.disable_self_attn:
+        return False
+    if inner.attn2 is None or inner.switch_temporal_ca_to_sa:
+        return False
+    return all(_is_norm(norm, x, _LAYER_NORMS) for norm in (inner.norm2, inner.norm3))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(batch, height * width, channels) of an image: a view if it is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+def _image(tokens: Tensor, size) -> Tensor:
+    """Undoes :func:`_tokens`: a channels_last view."""
+    return tokens.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
+
+
+def _group_norm(norm: nn.GroupNorm, tokens: Tensor, silu: bool, shift: Tensor | None = None) -> Tensor:
+    return fused.group_norm(tokens, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, shift)
+
+
+def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Without its bias."""
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _is_projection(conv: nn.Module, x: Tensor) -> bool:
+    """Whether it is a convolution that works on each token by itself."""
+    if not _is_conv(conv, x) or conv.groups != 1 or set(conv.kernel_size) != {1} or set(conv.stride) != {1}:
+        return False
+    return conv.padding in ((0, 0), "valid")
+
+
+def _project(module: nn.Module, tokens: Tensor, size) -> Tensor:
+    """A projection of tokens, or a convolution of their image, as tokens."""
+    if _is(module, nn.Identity):
+        return tokens
+    if _is_projection(module, tokens):
+        return F.linear(tokens, module.weight.flatten(1), module.bias)
+    return _tokens(module(_image(tokens, size)))
+
+
+def _res_block(block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
+    size, tokens = x.shape[2:], _tokens(x)
+    conv, last = block.in_layers[2], block.out_layers[3]
+    h = _conv(conv, _image(_group_norm(block.in_layers[0], tokens, silu=True), size))
+    shift = None if block.skip_t_emb else block.emb_layers(emb)
+    if conv.bias is not None:
+        shift = conv.bias.expand(x.shape[0], -1) if shift is None else shift + conv.bias
+    h = _image(_group_norm(block.out_layers[0], _tokens(h), silu=True, shift=shift), size)
+    if _is_conv(last, x):
+        h, bias = _conv(last, h), last.bias
+    else:
+        h, bias = last(h), None
+    return _image(fused.add(_project(block.skip_connection, tokens, size), _tokens(h), bias), size)
+
+
+def _transformer(block: SpatialTransformer, x: Tensor, context, options: dict, given: Callable) -> Tensor:
+    if not isinstance(context, list):
+        context = [context] * len(block.transformer_blocks)
+    options["activations_shape"] = list(x.shape)
+    size, tokens = x.shape[2:], _tokens(x)
+
+    def project(module: nn.Module, h: Tensor) -> Tensor:
+        return module(h) if block.use_linear else _project(module, h, size)
+
+    h = project(block.proj_in, _group_norm(block.norm, tokens, silu=False))
+    for number, inner in enumerate(block.transformer_blocks):
+        options["block_index"] = number
+        if _is_known_inner(inner, x, options):
+            h = _inner(inner, h, context[number], options, given(number))
+        else:
+            h = inner(h, context=context[number], transformer_options=options)
+    return _image(project(block.proj_out, h) + tokens, size)
+
+
+def _inner(inner: BasicTransformerBlock, x: Tensor, context, options: dict, attended: Tensor | None) -> Tensor:
+    passed = {"transformer_options": options} if _PASSES_OPTIONS else {}
+    if attended is None:
+        attended = inner.attn1(inner.norm1(x), context=None, value=None, **passed)
+    x, n = _add_layer_norm(inner.norm2, x, attended)
+    x, n = _add_layer_norm(inner.norm3, x, inner.attn2(n, context=context, value=None, **passed))
+    return _feed_forward(inner.ff, n) + x
+
+
+def _add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return fused.add_layer_norm(x, y.to(x.dtype), norm.weight, norm.bias, norm.eps)
+
+
+def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+    if not (_is(ff, FeedForward) and _is(ff.net, nn.Sequential) and len(ff.net) == 3 and _is(ff.net[0], GEGLU)):
+        return ff(x)
+    return ff.net[2](ff.net[1](fused.geglu(ff.net[0].proj(x))))

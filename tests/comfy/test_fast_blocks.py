@@ -1,0 +1,190 @@
+"""Blocks run in channels_last with fused norms equal ComfyUI's own, here with PyTorch's operations for the kernels."""
+
+import oracles
+import pytest
+import torch
+from adaflow_pack.nodes.patching import fast_blocks
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from graph import Graph, plain_euler, select
+from models import small_model
+from test_clean_up import leftovers
+from test_compile import lora
+from test_conditioning import hints, random_controlnet, with_control
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch):
+    monkeypatch.setenv(fast_blocks.VARIABLE, "fast")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Blocks that ran fast, and blocks that ran as they are."""
+    ran, run = ([], []), fast_blocks.run
+
+    def counting(block, forward, args, given):
+        def own(*args):
+            ran[1].append(block)
+            return forward(*args)
+
+        ran[0].append(block)
+        return run(block, own, args, given)
+
+    monkeypatch.setattr(fast_blocks, "run", counting)
+    return ran
+
+
+def blocks_of(model, kind):
+    return [module for module in model.model.diffusion_model.modules() if type(module) is kind]
+
+
+def refuse(*_):
+    raise AssertionError("the block ran as it is")
+
+
+def nothing_given(number):
+    return None
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("shape", ["sd1", "sd2", "sdxl"])
+def test_res_blocks_equal_their_own_forward(shape, channels_last):
+    with torch.inference_mode():
+        for block in blocks_of(small_model(shape), ResBlock):
+            x, emb = torch.randn(3, block.channels, 5, 7), torch.randn(3, block.emb_channels)
+            expected = block(x, emb)
+            x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+            found = fast_blocks.run(block, refuse, (x, emb), nothing_given)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            assert oracles.relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("shape", ["sd1", "sd2", "sdxl"])
+def test_transformers_equal_their_own_forward(shape, channels_last):
+    with torch.inference_mode():
+        for block in blocks_of(small_model(shape), SpatialTransformer):
+            x, context = torch.randn(3, block.in_channels, 5, 7), torch.randn(3, 7, 24)
+            expected = block(x, context, {})
+            x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+            found = fast_blocks.run(block, refuse, (x, context, {}), nothing_given)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+            assert oracles.relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"skip_t_emb": True}, {"up": True}, {"down": True}, {"use_scale_shift_norm": True},
+                                     {"out_channels": 96, "use_conv": True}, {"kernel_size": 1}, {"dropout": 0.3}],
+                         ids=str)  # fmt: skip
+def test_res_blocks_of_other_kinds(options):
+    """Down and up, and those whose time scales a norm, run as they are."""
+    with torch.inference_mode():
+        block = ResBlock(64, 48, options.pop("dropout", 0.0), **options).eval()
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        x, emb = torch.randn(2, 64, 6, 4), torch.randn(2, 48)
+        own = []
+        found = fast_blocks.run(block, lambda *args: own.append(1) or block(*args), (x, emb), nothing_given)
+        assert oracles.relative_error(found, block(x, emb)) < 1e-5
+        assert bool(own) == bool({"up", "down", "use_scale_shift_norm"} & set(options))
+
+
+@pytest.mark.parametrize("shape", ["sd1", "sd2", "sdxl"])
+def test_inversion_and_edit_equal_the_plain_ones(shape, ran, monkeypatch):
+    """With injection in the first of two steps; every block runs fast, in every pass."""
+    noisiest, edits = [], []
+    for kind in ("fast", "own"):
+        monkeypatch.setenv(fast_blocks.VARIABLE, kind)
+        graph = Graph(shape, frames=5, steps=2)
+        noisiest.append(graph.noisiest)
+    assert oracles.relative_error(*noisiest) < 1e-5
+    unet = graph.model.model.diffusion_model
+    for kind in ("fast", "own"):
+        monkeypatch.setenv(fast_blocks.VARIABLE, kind)
+        edits.append(edit(graph, interpolation=True, shares=(0.5, 0.5)))
+    assert oracles.relative_error(*edits) < 1e-5
+    assert not ran[1]
+    blocks = {module for module in unet.modules() if type(module) in (ResBlock, SpatialTransformer)}
+    assert blocks <= set(ran[0]) and len(set(ran[0])) == 2 * len(blocks)  # the first inversion had a model of its own
+    assert not leftovers(graph.model)
+
+
+def edit(graph, **changes):
+    return graph.edit(select(graph.descriptors, -1.0, -1.0, max_clip=2), chunk=2, **changes)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    with torch.inference_mode():
+        yield Graph("sd2", frames=5, steps=2)
+
+
+def both(graph, monkeypatch, **changes):
+    """Edits by the UNet's own blocks and by fast ones."""
+    edits = []
+    for kind in ("own", "fast"):
+        monkeypatch.setenv(fast_blocks.VARIABLE, kind)
+        edits.append(edit(graph, **changes))
+    return edits
+
+
+def test_propagation_computes_nothing_of_self_attention(graph, monkeypatch):
+    """Not even the norm before it, which the joint pass does compute."""
+    norm = graph.model.model.diffusion_model.output_blocks[9][1].transformer_blocks[0].norm1
+    seen = []
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    try:
+        for kind in ("own", "fast"):
+            monkeypatch.setenv(fast_blocks.VARIABLE, kind)
+            edit(graph, shares=(0.0, 0.0))
+            seen.append(None)
+    finally:
+        handle.remove()
+    own, fast = seen[: seen.index(None)], seen[seen.index(None) + 1 : -1]
+    assert 0 < sum(fast) < sum(own)
+
+
+def test_patched_transformers_keep_their_patches(graph, ran, monkeypatch):
+    """An attn2 patch of IP-Adapter's kind, a replacement, and a patch between blocks of FreeU's."""
+    patched, replaced = graph.model.clone(), graph.model.clone()
+    patched.set_model_attn2_patch(lambda q, k, v, options: (q, k, 1.3 * v))
+    patched.set_model_output_block_patch(lambda h, skip, options: (1.1 * h, 0.9 * skip))
+    replaced.set_model_attn2_replace(lambda q, k, v, options: 0.5 * q, "output", 9)
+    plain = edit(graph)
+    for model in (patched, replaced):
+        expected, found = both(graph, monkeypatch, model=model)
+        assert oracles.relative_error(found, expected) < 1e-5
+        assert oracles.relative_error(plain, expected) > 1e-3
+
+
+def test_with_a_lora_and_a_controlnet(graph, ran, monkeypatch):
+    conds = {
+        "positive": with_control(graph.positive, random_controlnet("sd1"), hints(1)),
+        "negative": graph.negative,
+    }
+    expected, found = both(graph, monkeypatch, model=lora(graph.model), **conds)
+    assert oracles.relative_error(found, expected) < 1e-5
+    assert ran[0] and not ran[1]
+
+
+def test_hooks_and_weights_made_on_the_fly_act(graph, ran, monkeypatch):
+    """On a convolution, on a norm and on a LayerNorm, whose forwards the fast blocks leave out."""
+    plain = edit(graph)  # loads the model, which takes such functions away
+    unet = graph.model.model.diffusion_model
+    conv = unet.output_blocks[9][0].in_layers[2]
+    norm3 = unet.output_blocks[10][1].transformer_blocks[0].norm3
+    hook = unet.output_blocks[11][0].out_layers[0].register_forward_hook(lambda module, args, output: 1.2 * output)
+    conv.weight_function = norm3.weight_function = [lambda weight: 1.5 * weight]
+    try:
+        expected, found = both(graph, monkeypatch)
+    finally:
+        del conv.weight_function, norm3.weight_function
+        hook.remove()
+    assert oracles.relative_error(found, expected) < 1e-5
+    assert set(ran[1]) == {unet.output_blocks[9][0], unet.output_blocks[11][0]}
+    assert oracles.relative_error(plain, expected) > 1e-3
+
+
+def test_a_run_of_comfyui_alone_is_untouched(graph, ran):
+    plain_euler(graph.model, graph.noisiest, graph.sigmas(), graph.positive, graph.negative, 3.0)
+    assert not ran[0]
