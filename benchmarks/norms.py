@@ -2,7 +2,8 @@
 
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/norms.py --out benchmarks/results/h100-norms.json
 
-SD 2.1's shapes at 384x672, half precision, random values. Milliseconds and, against the UNet as it is, ratios. Needs a CUDA device; ``--small`` runs tiny shapes anywhere, with PyTorch's operations for the kernels.
+SD 2.1's shapes at 384x672, half precision, random values. Milliseconds and, against the UNet as it is, ratios.
+Needs a CUDA device; ``--small`` runs tiny shapes anywhere, with PyTorch's operations for the kernels.
 """
 
 import argparse

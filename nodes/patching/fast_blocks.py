@@ -22,9 +22,10 @@ BLOCK_PATCHES = {
     "attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch",
 }  # fmt: skip
 _OPERATIONS = (nn, ops.disable_weight_init, ops.manual_cast)
-_CONVS, _LINEARS, _GROUP_NORMS, _LAYER_NORMS = (
-    tuple(getattr(kinds, name) for kinds in _OPERATIONS) for name in ("Conv2d", "Linear", "GroupNorm", "LayerNorm")
+_CONVS, _GROUP_NORMS, _LAYER_NORMS = (
+    tuple(getattr(kinds, name) for kinds in _OPERATIONS) for name in ("Conv2d", "GroupNorm", "LayerNorm")
 )
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PASSES_OPTIONS = "transformer_options" in inspect.signature(CrossAttention.forward).parameters
 
 
@@ -61,23 +62,40 @@ def run_out(out: nn.Module, forward: Callable, x: Tensor) -> Tensor:
 
 
 def _is(module: nn.Module, *kinds: type) -> bool:
-    """Whether it is just that, with nothing hung on it."""
-    if type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-        return False
-    if getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
-        return False
-    return all(type(weight) in (nn.Parameter, Tensor, type(None)) for weight in module._parameters.values())
+    """Whether it is just that, with nothing hung on its forward."""
+    return not (
+        type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    )
 
 
 def _is_norm(module: nn.Module, x: Tensor, kinds=_GROUP_NORMS) -> bool:
-    return _is(module, *kinds) and (module.weight is None or module.weight.device == x.device)
+    """Whether it is one whose weights :func:`_weights` can give."""
+    return _is(module, *kinds) and (hasattr(module, "weight_function") or _is_ready(module, x))
+
+
+def _is_ready(module: nn.Module, x: Tensor) -> bool:
+    """Whether its weights can be used as they are: plain ones, on the device, that no function is to change."""
+    if getattr(module, "weight_function", None) or getattr(module, "bias_function", None):
+        return False
+    weights = [weight for weight in module._parameters.values() if weight is not None]
+    return all(
+        type(weight) in (nn.Parameter, Tensor) and weight.device == x.device and weight.dtype in _FLOATS
+        for weight in weights
+    )
+
+
+def _weights(norm: nn.Module, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias, as they are or as ComfyUI makes them for ``x``."""
+    if norm.weight is None or _is_ready(norm, x):
+        return norm.weight, norm.bias
+    return ops.cast_bias_weight(norm, x)
 
 
 def _is_conv(module: nn.Module, x: Tensor) -> bool:
-    """Whether its weight can be used as it is."""
-    if not _is(module, *_CONVS) or module.padding_mode != "zeros":
+    """Whether it is one whose weights can be used as they are."""
+    if not _is(module, *_CONVS) or module.padding_mode != "zeros" or not _is_ready(module, x):
         return False
-    return module.weight.device == x.device and module.weight.dtype == x.dtype
+    return module.weight.dtype == x.dtype
 
 
 def _is_known_res_block(block: ResBlock, x: Tensor) -> bool:
@@ -87,15 +105,10 @@ def _is_known_res_block(block: ResBlock, x: Tensor) -> bool:
         return False
     if len(block.in_layers) != 3 or len(block.out_layers) != 4 or not _is(block.out_layers[2], nn.Dropout):
         return False
-    (norm_in, silu_in, conv_in), (norm_out, silu_out, dropout, _) = block.in_layers, block.out_layers
-    return (
-        _is_norm(norm_in, x)
-        and _is_norm(norm_out, x)
-        and _is(silu_in, nn.SiLU)
-        and _is(silu_out, nn.SiLU)
-        and _is_conv(conv_in, x)
-        and not (dropout.training and dropout.p)
-    )
+    (norm_in, silu_in, _), (norm_out, silu_out, dropout, _) = block.in_layers, block.out_layers
+    if not (_is_norm(norm_in, x) and _is_norm(norm_out, x) and _is(silu_in, nn.SiLU) and _is(silu_out, nn.SiLU)):
+        return False
+    return not (dropout.training and dropout.p)
 
 
 def _is_known_transformer(block: SpatialTransformer, x: Tensor) -> bool:
@@ -126,12 +139,14 @@ def _image(tokens: Tensor, size) -> Tensor:
 
 
 def _group_norm(norm: nn.GroupNorm, tokens: Tensor, silu: bool, shift: Tensor | None = None) -> Tensor:
-    return fused.group_norm(tokens, norm.num_groups, norm.weight, norm.bias, norm.eps, silu, shift)
+    return fused.group_norm(tokens, norm.num_groups, *_weights(norm, tokens), norm.eps, silu, shift)
 
 
-def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Without its bias."""
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+def _conv(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Output of a convolution, and the bias that is still to be added, if any."""
+    if not _is_conv(conv, x):
+        return conv(x), None
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups), conv.bias
 
 
 def _is_projection(conv: nn.Module, x: Tensor) -> bool:
@@ -152,16 +167,12 @@ def _project(module: nn.Module, tokens: Tensor, size) -> Tensor:
 
 def _res_block(block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     size, tokens = x.shape[2:], _tokens(x)
-    conv, last = block.in_layers[2], block.out_layers[3]
-    h = _conv(conv, _image(_group_norm(block.in_layers[0], tokens, silu=True), size))
+    h, bias = _conv(block.in_layers[2], _image(_group_norm(block.in_layers[0], tokens, silu=True), size))
     shift = None if block.skip_t_emb else block.emb_layers(emb)
-    if conv.bias is not None:
-        shift = conv.bias.expand(x.shape[0], -1) if shift is None else shift + conv.bias
-    h = _image(_group_norm(block.out_layers[0], _tokens(h), silu=True, shift=shift), size)
-    if _is_conv(last, x):
-        h, bias = _conv(last, h), last.bias
-    else:
-        h, bias = last(h), None
+    if bias is not None:
+        shift = bias.expand(x.shape[0], -1) if shift is None else shift + bias
+    h = _group_norm(block.out_layers[0], _tokens(h), silu=True, shift=shift)
+    h, bias = _conv(block.out_layers[3], _image(h, size))
     return _image(fused.add(_project(block.skip_connection, tokens, size), _tokens(h), bias), size)
 
 
@@ -194,7 +205,7 @@ def _inner(inner: BasicTransformerBlock, x: Tensor, context, options: dict, atte
 
 
 def _add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return fused.add_layer_norm(x, y.to(x.dtype), norm.weight, norm.bias, norm.eps)
+    return fused.add_layer_norm(x, y.to(x.dtype), *_weights(norm, x), norm.eps)
 
 
 def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
