@@ -97,11 +97,11 @@ class EditJointPass(UNetPass):
     def __init__(self, state: StepState, exchange: Exchange, chunk: int, rows: slice):
         self.state, self.exchange, self.chunk, self.rows = state, exchange, chunk, rows
 
-    def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
+    def given_feature(self, call: UNetCall) -> Tensor | None:
         if not self.state.injection.conv:
             return None
         areas = [self.state.areas[branch] for branch in call.branches]
-        return torch.cat([self.state.shelf.chunk(("conv", area), self.chunk).to(feature.dtype) for area in areas])
+        return torch.cat([self.state.shelf.chunk(("conv", area), self.chunk) for area in areas])
 
     def self_attention(self, call, layer, attn, x, context, value):
         state, size = self.state, call.layer_size(x.shape[1])
@@ -205,10 +205,10 @@ class SourcePropagationPass(PropagationPass):
 class EditPropagationPass(PropagationPass):
     """The edit branches of a chunk, with the feature that :class:`SourcePropagationPass` took."""
 
-    def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
+    def given_feature(self, call: UNetCall) -> Tensor | None:
         if not self.state.injection.conv:
             return None
-        return torch.cat([self.state.conv[self.state.areas[branch]].to(feature.dtype) for branch in call.branches])
+        return torch.cat([self.state.conv[self.state.areas[branch]] for branch in call.branches])
 
 
 def _first(*tensors: Tensor | None) -> Tensor:

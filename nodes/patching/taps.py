@@ -96,9 +96,12 @@ class UNetPass:
         """Output of ``attn`` after its output projection, (batch, tokens, channels), or None to leave it alone."""
         return None
 
-    def conv_feature(self, call: UNetCall, feature: Tensor) -> Tensor | None:
-        """Replacement of the branch-internal feature of the injected ResBlock, or None."""
+    def given_feature(self, call: UNetCall) -> Tensor | None:
+        """What takes the place of the branch-internal feature of the injected ResBlock, or None."""
         return None
+
+    def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
+        """Sees that feature, (batch, channels, height, width), where it is computed."""
 
     def descriptor(self, call: UNetCall, feature: Tensor) -> None:
         """Sees the output of the descriptor block, (batch, channels, height, width)."""
@@ -148,6 +151,9 @@ def tapped(unet: nn.Module, family: UNetFamily):
             call = _running.get()
             if call is None or kwargs:
                 return original(*args, **kwargs)
+            feature = call.step_pass.given_feature(call) if block is conv and conv_is_free else None
+            if feature is not None:
+                return block.skip_connection(args[0]) + feature
             return call.step_pass.block(call, block, attentions, original, args)
 
         return forward
@@ -163,18 +169,22 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
     def conv_hook(module, args, output):
         call = _running.get()
-        return None if call is None else call.step_pass.conv_feature(call, output)
+        if call is None:
+            return None
+        call.step_pass.conv_feature(call, output)
+        return call.step_pass.given_feature(call)
 
     def descriptor_hook(module, args, output):
         call = _running.get()
         if call is not None:
             call.step_pass.descriptor(call, output)
 
+    conv = unet.output_blocks[family.conv_block][0]
+    conv_is_free = not any(module._forward_hooks or module._forward_pre_hooks for module in conv.modules())
     try:
         attentions = list(self_attentions(unet))
         for layer, attn in attentions:
             put(attn, attention_forward(layer, attn))
-        conv = unet.output_blocks[family.conv_block][0]
         for block in unet.modules():
             if type(block) in (ResBlock, SpatialTransformer) and "forward" not in vars(block):
                 inside = set(block.modules())
