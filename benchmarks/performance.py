@@ -288,6 +288,7 @@ def run(options, results: dict, save: Callable[[], None]) -> bool:
             traceback.print_exc()
             results["cases"][-1]["error"], good = f"{type(error).__name__}: {error}", False
         save()
+    save()
     return good
 
 
