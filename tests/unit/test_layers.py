@@ -35,6 +35,7 @@ ORDER = [
     {"matching"},
     {"slimming"},
     {"attention", "attention_triton"},
+    {"fused", "fused_triton"},
     {"propagation"},
     {"plan", "picture", "estimate"},
 ]
