@@ -58,8 +58,27 @@ def operations(report: Report, dtype: torch.dtype, limit: float) -> None:
         report.add(
             "slim attention: selection, Triton kernel", precision, oracles.relative_error(found, expected), limit
         )
+    if DEVICE == "cuda" and dtype is not torch.float32 and attention._cudnn_works(q.device):
+        with environment("ADAFLOW_ATTENTION", "cudnn"):
+            found = attention.extended_attention(q, k, v, heads, kept)
+        report.add("slim attention: selection, gather, cuDNN", precision, oracles.relative_error(found, expected),
+                   limit)  # fmt: skip
+    if dtype is torch.float32 or dtype is correspondence.matching_dtype(DEVICE):
+        comparing(report, descriptors.to(dtype), exact, limit)
     if dtype is not torch.float32:
         return
+    slots, matches = torch.randint(frames, (7,), device=DEVICE), torch.randint(tokens, (7, tokens), device=DEVICE)
+    plain = torch.stack([v[slot][match] for slot, match in zip(slots, matches, strict=True)])
+    found = propagation.gather_outputs(v, propagation.output_rows(slots, matches))
+    report.add("gather of keyframe outputs", precision, oracles.relative_error(found, plain), 0.0)
+
+
+def comparing(report: Report, descriptors: torch.Tensor, exact: torch.Tensor, limit: float) -> None:
+    """Matching and the importance of tokens in the type that descriptors are compared in, against float64."""
+    import oracles
+    from adaflow_pack.adaflow import correspondence
+
+    precision = str(descriptors.dtype).removeprefix("torch.")
     similarity, index = correspondence.nearest_tokens(descriptors[1:], descriptors[:1], tile_elements=5000)
     plain = torch.stack([query @ exact[0].T for query in exact[1:]])
     best = plain.max(2).values
@@ -68,10 +87,16 @@ def operations(report: Report, dtype: torch.dtype, limit: float) -> None:
     report.add(
         "tiled matching, similarity of the token found", precision, oracles.relative_error(at_index, best), limit
     )
-    slots, matches = torch.randint(frames, (7,), device=DEVICE), torch.randint(tokens, (7, tokens), device=DEVICE)
-    plain = torch.stack([v[slot][match] for slot, match in zip(slots, matches, strict=True)])
-    found = propagation.gather_outputs(v, propagation.output_rows(slots, matches))
-    report.add("gather of keyframe outputs", precision, oracles.relative_error(found, plain), 0.0)
+    alone = torch.empty(index.shape[1], dtype=torch.int16, device=DEVICE)
+    correspondence.nearest_indices(descriptors[1], descriptors[0], alone)
+    at_index = plain[0].gather(1, alone.long()[:, None])[:, 0]
+    report.add("matching, index alone", precision, oracles.relative_error(at_index, best[0]), limit)
+    of_first, of_second = correspondence.best_cosines(descriptors[:2], descriptors[2:4], 40_000)
+    first, second = exact[:2], exact[2:4]
+    for name, found, queries, rated in (("first", of_first, second, first), ("second", of_second, first, second)):
+        expected = torch.stack([oracles.importance(torch.stack([query, *rated]), 0)[1:] for query in queries])
+        report.add(f"importance of both sides of a product, the {name}", precision,
+                   oracles.relative_error(found, expected), limit)  # fmt: skip
 
 
 @contextmanager
@@ -110,6 +135,8 @@ def steps(report: Report, graph, keyframes: int, precision: str, limit: float) -
     if DEVICE == "cuda" and precision != "float32":
         with environment("ADAFLOW_ATTENTION", "triton"):
             report.add("a step with the Triton kernel", precision, oracles.relative_error(step(), plain), limit)
+        with environment("ADAFLOW_ATTENTION", "cudnn"):
+            report.add("a step with cuDNN's attention", precision, oracles.relative_error(step(), plain), limit)
 
 
 def main() -> None:
@@ -117,15 +144,18 @@ def main() -> None:
     parser.add_argument("--commit", help="to be noted where this is no clone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.backends.cudnn.allow_tf32 = False
     report = Report()
     with tempfile.TemporaryDirectory(prefix="fast-paths-") as folder, torch.inference_mode():
         start_comfyui(Path(folder))
         from graph import Graph
         from models import SD2_FULL, clip_latent, random_model
 
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # whatever ComfyUI chose
         operations(report, torch.float32, SINGLE)
-        steps(report, Graph("sd2", frames=12, steps=1), 6, "float32", SINGLE)
+        with torch.backends.cudnn.flags(
+            enabled=False, allow_tf32=False
+        ):  # it takes another algorithm for another number of frames
+            steps(report, Graph("sd2", frames=12, steps=1), 6, "float32", SINGLE)
         if DEVICE == "cuda":
             operations(report, torch.float16, 1e-3)
             operations(report, torch.bfloat16, 8e-3)

@@ -2,9 +2,11 @@
 
     python benchmarks/matching.py                                                           # small, on the CPU
     python benchmarks/matching.py --device cuda --frames 1000 --size 48 84 --channels 640 --clip 25 --steps 50 \\
-        --budget 20
+        --budget 20 --keyframes 40 100 400 --each-step 1
 
-Descriptors are random, on disk, in half precision. Also timed: which tokens the keyframes of a step keep.
+Descriptors are random, on disk, in half precision. Also timed: which tokens the keyframes of a step keep, at several
+numbers of keyframes, beside the plain way, every ordered pair of keyframes in a product of its own, of which a sample
+is timed.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -19,8 +22,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from provenance import commit, machine
 
-from adaflow.correspondence import matching_dtype
-from adaflow.descriptors import Descriptors, DescriptorWriter
+from adaflow.correspondence import cosines, matching_dtype
+from adaflow.descriptors import Descriptors, DescriptorWriter, layer_sizes, resize_tokens
 from adaflow.keyframes import Clips, KeyframeDraws
 from adaflow.plan import EditPlan
 
@@ -31,7 +34,7 @@ def random_descriptors(path: Path, frames: int, channels: int, size: tuple[int, 
     writer = DescriptorWriter(path, (frames, channels, *size), "random", "random", "random", torch.zeros(frames, 1, 3))
     for start in range(0, frames, CHUNK):
         rows = list(range(start, min(start + CHUNK, frames)))
-        writer.write(rows, torch.randn(len(rows), channels, *size, device=device).cpu())
+        writer.write(rows, torch.randn(len(rows), channels, *size, device=device))
     return writer.close()
 
 
@@ -71,19 +74,47 @@ def measure(options: argparse.Namespace, descriptors: Descriptors) -> dict:
     warm = plan()
     warm.expect(steps[:1], False)
     ask_for_step(warm, 0, size)
-    ahead, each, keeping = plan(), plan(), plan()
+    ahead, each = plan(), plan()
     seconds = {"all draws ahead": timed(make_ahead, options.device)}
     seconds["each step"] = timed(each_step, options.device) / options.each_step
-    kept = timed(
-        lambda: [keeping.kept(keeping.keyframes(step), options.budget, size) for step in steps], options.device
-    )
-    seconds["kept tokens of a step"] = kept / len(steps)
     return {
         "seconds": seconds,
         "ahead, a step": seconds["all draws ahead"] / len(steps),
         "each step to ahead": seconds["each step"] * len(steps) / seconds["all draws ahead"],
         "compared in": str(matching_dtype(options.device)),
+        "selection": [select(options, descriptors, keyframes) for keyframes in options.keyframes],
     }
+
+
+def pairs_one_by_one(levels: list[torch.Tensor], pairs: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """Importance of a keyframe's tokens to another, with the index of the best one: each direction a product."""
+    return [cosines(level[key], level[query]).max(dim=1).values for level in levels for query, key in pairs]
+
+
+def select(options: argparse.Namespace, descriptors: Descriptors, keyframes: int) -> dict:
+    """Seconds of a step's selection among so many keyframes, drawn anew in each step, and of the plain way."""
+    size, budget = tuple(options.size), min(options.budget, keyframes - 1)
+    starts = tuple(clip * options.frames // keyframes for clip in range(keyframes))
+    plan = EditPlan(descriptors, Clips(starts, options.frames), KeyframeDraws(), device=options.device)
+    plan.kept(plan.keyframes(0), budget, size)
+    steps = range(1, 4 if keyframes <= 100 else 2)
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    now = timed(lambda: [plan.kept(plan.keyframes(step), budget, size) for step in steps], options.device) / len(steps)
+    row = {"keyframes": keyframes, "budget": budget, "seconds of a step": now}
+    if options.device == "cuda":
+        row["extra GiB at most"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    few = list(plan.keyframes(0)[:8])
+    maps = descriptors.maps(few, None, options.device)
+    levels = [resize_tokens(maps, part).to(matching_dtype(options.device)) for part in layer_sizes(*size)]
+    pairs = list(product(range(len(few)), repeat=2))
+    pairs_one_by_one(levels, pairs[:4])
+    products = timed(lambda: pairs_one_by_one(levels, pairs), options.device) * keyframes**2 / len(pairs)
+    row["seconds of the plain way's products, from a sample"] = products
+    row["plain products to now"] = products / now
+    return row
 
 
 def main() -> None:
@@ -95,6 +126,7 @@ def main() -> None:
     parser.add_argument("--clip", type=int, default=12, help="frames of a clip")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--budget", type=int, default=4, help="keyframes' worth of tokens that are kept")
+    parser.add_argument("--keyframes", type=int, nargs="+", default=[8, 24], help="in a step, to select tokens of")
     parser.add_argument("--each-step", type=int, default=3, help="steps timed of the way that reads for each step")
     parser.add_argument("--commit", help="to note in the result (default: ask git)")
     parser.add_argument("--out", type=Path)
@@ -105,7 +137,8 @@ def main() -> None:
             options, random_descriptors(path, options.frames, options.channels, tuple(options.size), options.device)
         )
     about = {**machine(), "commit": commit(options.commit)}
-    settings = {name: getattr(options, name) for name in ("frames", "size", "channels", "clip", "steps", "budget")}
+    names = ("frames", "size", "channels", "clip", "steps", "budget")
+    settings = {name: getattr(options, name) for name in names}
     text = json.dumps({**about, **settings, **found}, indent=2)
     print(text)
     if options.out:
