@@ -236,7 +236,7 @@ class _Evaluation:
             conv=step < settings.feature_share * edit.steps - 1e-6,
             attention=step < settings.attention_share * edit.steps - 1e-6,
         )
-        areas = {cond["uuid"]: _area(cond, x) for branch in conds if branch is not None for cond in branch}
+        areas = {(cond["uuid"], number): _area(cond, x) for number, branch in enumerate(conds) for cond in branch or ()}
         keyframes = edit.plan.keyframes(step)
         if not set(keyframes) <= set(edit.frames):  # a preview of the keyframes alone keeps those of the first step
             keyframes = edit.frames
@@ -245,7 +245,7 @@ class _Evaluation:
             for area in dict.fromkeys(areas.values())
         ]
         self.sources = prompts_on_device(sources, x.device)
-        source_areas = {branch[0]["uuid"]: branch[0].get("area") for branch in self.sources}
+        source_areas = {(source["uuid"], number): source.get("area") for number, (source,) in enumerate(self.sources)}
         self.state = StepState(
             edit.plan,
             settings.budget,

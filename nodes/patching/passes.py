@@ -39,8 +39,8 @@ class StepState:
         plan, budget, family: as the edit has them.
         keyframes: ascending, of this step.
         injection: what is injected in this step.
-        areas: part of the latent that each conditioning (by uuid) is evaluated on; None is all of it.
-        shelf: activations of the keyframes: ("output", uuid, layer), attention outputs after the output projection;
+        areas: part of the latent that each branch (of :class:`UNetCall`) is evaluated on; None is all of it.
+        shelf: activations of the keyframes: ("output", branch, layer), attention outputs after the output projection;
             ("query", area, layer), ("key", area, layer) and ("conv", area), the source branch's that are injected.
         conv: the source branch's feature of the injected ResBlock, of the frames that are propagated, by area.
     """

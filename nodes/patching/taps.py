@@ -42,7 +42,8 @@ class UNetCall:
 
     Attributes:
         step_pass: the pass it belongs to.
-        branches: for each of the conditionings batched in it, ComfyUI's uuid; the batch is (branches, frames).
+        branches: for each of the conditionings batched in it, ComfyUI's uuid and the number of its branch, since
+            areas of one branch are put into others under the same uuid; the batch is (branches, frames).
         size: (height, width) of the latent, or of the area that is evaluated.
         levels: resolutions of the UNet.
         fast: whether blocks are run as ``fast_blocks.py`` does.
@@ -220,7 +221,8 @@ def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict)
     fast = fast_blocks.wanted(x)
     if fast or step_pass.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    call = UNetCall(step_pass, tuple(options["uuids"]), tuple(x.shape[-2:]), family.levels, fast)
+    branches = tuple(zip(options["uuids"], options["cond_or_uncond"], strict=True))
+    call = UNetCall(step_pass, branches, tuple(x.shape[-2:]), family.levels, fast)
     token = _running.set(call)
     try:
         return executor(x, *args, **kwargs)
@@ -236,5 +238,5 @@ def with_pass(model_options: dict, step_pass: UNetPass) -> dict:
 
 
 def split_branches(call: UNetCall, x: Tensor) -> list[tuple[object, Tensor]]:
-    """The parts of a batch, each with the uuid of its conditioning."""
+    """The parts of a batch, each with its branch."""
     return list(zip(call.branches, torch.chunk(x, len(call.branches)), strict=True))

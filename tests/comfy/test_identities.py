@@ -66,10 +66,14 @@ def test_the_preview_of_resampled_draws_is_of_the_first_draw(sd1):
     assert torch.equal(resampled, fixed)
 
 
-def test_identical_frames_give_identical_outputs():
+@pytest.mark.parametrize("regional", [False, True])
+def test_identical_frames_give_identical_outputs(regional):
+    """With regional prompts too, where ComfyUI gives each branch the areas of the other under the same uuid."""
     still = clip_latent(1).expand(5, -1, -1, -1).contiguous()
     graph = Graph("sd1", latent=still, steps=2)
-    out = graph.edit(select(graph.descriptors, max_clip=2))
+    region = [graph.source[0][0], {"area": (4, 6, 2, 4), "strength": 0.5}]
+    positive = [graph.positive[0], region] if regional else graph.positive
+    out = graph.edit(select(graph.descriptors, max_clip=2), positive=positive)
     for frame in out[1:]:
         assert error(frame, out[0]) < TOLERANCE
 
