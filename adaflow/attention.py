@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 BACKEND_VARIABLE = "ADAFLOW_ATTENTION"  # "sdpa", "cudnn" or "triton", for benchmarks and tests: overrules the tables
 GATHER_BYTES = 256 << 20  # of kept keys and values that are copied together: of as many query frames as fit
 # Compute capability -> channels of a head -> numbers of a layer's tokens at which benchmarks/attention.py found the
-# kernel to be faster. Empty: it was not measured yet.
-KERNEL_FASTER: dict[tuple[int, int], dict[int, range]] = {}
+# kernel to be faster, at 20 keyframes' worth of keys and values.
+KERNEL_FASTER: dict[tuple[int, int], dict[int, range]] = {(9, 0): {64: range(1, 1009)}}
 # The same where PyTorch's attention, after a gather, is faster with cuDNN than with what it chooses by itself.
 CUDNN_FASTER: dict[tuple[int, int], dict[int, range]] = {}
 CUDNN_FIRST = [

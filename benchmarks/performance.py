@@ -208,8 +208,9 @@ class Bench:
         for step in range(EDIT_STEPS):
             plan.expect(range(step, EDIT_STEPS), False)
             keyframes = plan.keyframes(step)
-            for start in range(0, len(frames), chunk):
-                part = plan.propagation(frames[start : start + chunk], keyframes, False)
+            left = sorted(set(frames) - set(keyframes))
+            for start in range(0, len(left), chunk):
+                part = plan.propagation(left[start : start + chunk], keyframes, False)
                 plan.matches(list(part.frames), part.keyframes, self.size)
 
     def edit(self, out: dict, plan, case: Case, ballast: float) -> None:

@@ -230,7 +230,7 @@ class _Evaluation:
     def __init__(self, edit: EditEvaluator, executor, model, conds, x, timestep, model_options, sigma, step):
         self.edit, self.executor, self.model = edit, executor, model
         self.conds = prompts_on_device(conds, x.device)
-        self.x, self.timestep, self.model_options, self.sigma = x, timestep, model_options, sigma
+        self.x, self.timestep, self.model_options, self.sigma, self.step = x, timestep, model_options, sigma, step
         settings = edit.settings
         self.injection = Injection(
             conv=step < settings.feature_share * edit.steps - 1e-6,
@@ -245,7 +245,9 @@ class _Evaluation:
             for area in dict.fromkeys(areas.values())
         ]
         self.sources = prompts_on_device(sources, x.device)
-        source_areas = {(source["uuid"], number): source.get("area") for number, (source,) in enumerate(self.sources)}
+        source_areas = {
+            (branch[0]["uuid"], number): branch[0].get("area") for number, branch in enumerate(self.sources)
+        }
         self.state = StepState(
             edit.plan,
             settings.budget,
@@ -292,9 +294,21 @@ class _Evaluation:
                 ahead.wait()
                 seconds = time.perf_counter() - chunk_begun - matching
                 edit.pace.measured(chunk_begun - begun + seconds * len(left) / len(frames))
+            if len(left) == total:
+                self._select_ahead()
             ahead.told()
             left = left[len(frames) :]
         return out
+
+    def _select_ahead(self) -> None:
+        """Select the tokens of the next step's keyframes while a GPU computes a chunk of this step."""
+        following = self.step + 1
+        if self.x.device.type != "cuda" or following >= self.edit.steps:
+            return
+        keyframes = self.edit.plan.keyframes(following)
+        if set(keyframes) <= set(self.edit.frames):
+            for area in dict.fromkeys(self.state.areas.values()):
+                self.edit.plan.kept(keyframes, self.state.budget, area[:2] if area else tuple(self.x.shape[2:]), area)
 
     def _branches(self) -> int:
         """Conditionings that are batched in one forward."""
@@ -331,7 +345,7 @@ class _Evaluation:
                 [branch if branch is only else None for branch in self.conds] for only in self.conds if only is not None
             ]
         for conds in together:
-            exchange, workers, row = lockstep.Exchange(len(chunks)), [], 0
+            exchange, workers, row = lockstep.Exchange([len(frames) for frames in chunks]), [], 0
             for number, frames in enumerate(chunks):
                 step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)))
                 workers.append(partial(self._evaluate, conds, frames, step_pass))

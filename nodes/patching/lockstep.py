@@ -5,10 +5,10 @@ for each chunk does it in one thread, so nothing runs at the same time as anythi
 """
 
 import contextvars
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 try:
@@ -48,31 +48,41 @@ def run_in_lockstep(workers: list[Callable[[], T]]) -> list[T]:
 
 
 class Exchange:
-    """Where the chunks of one joint pass publish tensors and take everybody's.
+    """Where the chunks of one joint pass publish tensors, meet, and take everybody's.
+
+    What is published is copied to its place among the others' at once, so that it is held only once.
 
     Args:
-        parties: number of chunks; each publishes once under every key, in the same order of keys.
+        frames: of each chunk; all publish under the same keys, meet, and take each key once.
     """
 
-    def __init__(self, parties: int):
-        self.parties = parties
-        self._published: dict[Hashable, dict[int, Tensor]] = {}
-        self._joined: dict[Hashable, tuple[Tensor, int]] = {}
+    def __init__(self, frames: Sequence[int]):
+        self._places = [slice(start, stop) for start, stop in pairwise(accumulate(frames, initial=0))]
+        self._published: dict[Hashable, tuple[Tensor, set[int]]] = {}
+        self._taken: dict[Hashable, int] = {}
 
-    def swap(self, key: Hashable, party: int, part: Tensor) -> Tensor:
-        """Publish ``part`` (frames, ...) and return all parties' parts, joined along frames in order of party."""
-        if self.parties == 1:
-            return part
-        parts = self._published.setdefault(key, {})
-        parts[party] = part
-        getcurrent().parent.switch()
-        if len(parts) != self.parties:
-            raise RuntimeError(f"AdaFlow: {len(parts)} of {self.parties} chunks of keyframes reached {key}")
-        if key not in self._joined:
-            self._joined[key] = torch.cat([parts[index] for index in range(self.parties)]), self.parties
-        joined, waiting = self._joined.pop(key)
-        if waiting > 1:
-            self._joined[key] = joined, waiting - 1
-        else:
-            del self._published[key]
+    def publish(self, key: Hashable, chunk: int, part: Tensor) -> None:
+        """Give ``part`` (frames, ...) of a chunk to all."""
+        if len(self._places) == 1:
+            self._published[key] = part, {chunk}
+            return
+        if key not in self._published:
+            self._published[key] = part.new_empty(self._places[-1].stop, *part.shape[1:]), set()
+        joined, chunks = self._published[key]
+        joined[self._places[chunk]] = part
+        chunks.add(chunk)
+
+    def meet(self) -> None:
+        """Wait until all others have published."""
+        if len(self._places) > 1:
+            getcurrent().parent.switch()
+
+    def take(self, key: Hashable) -> Tensor:
+        """All chunks' parts, joined along frames."""
+        joined, chunks = self._published[key]
+        if len(chunks) != len(self._places):
+            raise RuntimeError(f"AdaFlow: {len(chunks)} of {len(self._places)} chunks of keyframes reached {key}")
+        self._taken[key] = self._taken.get(key, 0) + 1
+        if self._taken[key] == len(self._places):
+            del self._published[key], self._taken[key]
         return joined

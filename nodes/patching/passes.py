@@ -110,15 +110,20 @@ class EditJointPass(UNetPass):
         def of_source(kind: str) -> list[Tensor]:
             return [state.shelf.chunk((kind, state.areas[branch], layer), self.chunk) for branch in call.branches]
 
-        def joined(kind: str, parts) -> list[Tensor]:
-            swapped = zip(call.branches, parts, strict=True)
-            return [self.exchange.swap((branch, layer, kind), self.chunk, part) for branch, part in swapped]
+        def publish(kind: str, parts) -> None:
+            for branch, part in zip(call.branches, parts, strict=True):
+                self.exchange.publish((branch, layer, kind), self.chunk, part)
+
+        def taken(kind: str) -> list[Tensor]:
+            return [self.exchange.take((branch, layer, kind)) for branch in call.branches]
 
         def split(projected: Tensor) -> tuple[Tensor, ...]:
             return projected.chunk(len(call.branches))
 
-        keys = joined("k", of_source("key") if injected else split(attn.to_k(x if context is None else context)))
-        values = joined("v", split(attn.to_v(_first(value, context, x))))
+        publish("k", of_source("key") if injected else split(attn.to_k(x if context is None else context)))
+        publish("v", split(attn.to_v(_first(value, context, x))))
+        self.exchange.meet()
+        keys, values = taken("k"), taken("v")
         # made last: while other chunks are waited for, every chunk would hold its own
         queries = of_source("query") if injected else split(attn.to_q(x))
         outs = []
@@ -180,9 +185,9 @@ class PropagationPass(UNetPass):
     def _rows(self, keyframes: tuple[int, ...], size, area: Area | None, device: torch.device) -> Tensor:
         key = (keyframes, size, area)
         if key not in self._tables:
-            matches = to_device(self.state.plan.matches(list(self.where.frames), keyframes, size, area), device)
-            slots = torch.tensor([self._slots[keyframe] - self._first for keyframe in keyframes])
-            self._tables[key] = output_rows(to_device(slots, device), matches)
+            slots = to_device(torch.tensor([self._slots[keyframe] - self._first for keyframe in keyframes]), device)
+            matches = self.state.plan.matches_on(list(self.where.frames), keyframes, area, device)
+            self._tables |= {(keyframes, size, area): output_rows(slots, found) for size, found in matches.items()}
         return self._tables[key]
 
     def _blend(self, like: Tensor) -> Tensor:

@@ -126,30 +126,32 @@ def test_regional_prompts_keep_the_keyframes_in_one_batch():
     assert oracles.relative_error(graph.edit(plan, positive=positive, chunk=2), whole) < 1e-5
 
 
-def test_workers_take_turns_and_swap_in_order():
-    exchange, order = Exchange(3), []
+def test_workers_take_turns_and_what_they_give_is_joined_in_order():
+    exchange, order = Exchange([1, 2, 1]), []
 
     def worker(party):
         for round_ in range(3):
             order.append((round_, party))
-            joined = exchange.swap(round_, party, torch.tensor([10 * round_ + party]))
-            assert joined.tolist() == [10 * round_ + p for p in range(3)]
+            exchange.publish(round_, party, torch.full(([1, 2, 1][party], 2), 10 * round_ + party))
+            exchange.meet()
+            assert exchange.take(round_).tolist() == [[10 * round_ + p] * 2 for p in (0, 1, 1, 2)]
         return party
 
     assert run_in_lockstep([lambda p=p: worker(p) for p in range(3)]) == [0, 1, 2]
     assert order == sorted(order)
-    assert not exchange._published and not exchange._joined
+    assert not exchange._published and not exchange._taken
 
 
 def test_a_failure_ends_the_others_with_their_finally_run():
-    exchange, ended = Exchange(3), []
+    exchange, ended = Exchange([1, 1, 1]), []
 
     def worker(party):
         try:
-            exchange.swap("a", party, torch.zeros(1))
+            exchange.publish("a", party, torch.zeros(1))
+            exchange.meet()
             if party == 1:
                 raise KeyError("boom")
-            exchange.swap("b", party, torch.zeros(1))
+            exchange.meet()
         finally:
             ended.append(party)
 
