@@ -71,19 +71,20 @@ def long_prompt(object_info: dict, file: str, size: int, steps: int) -> dict:
     return prompt
 
 
-def edit_long_clip(server, frames: int, size: int, steps: int, drawn: int | None = None) -> dict:
-    """Draw a clip, edit it on a running server, and say what that took.
+def edit_long_clip(server, frames: int, size: int, steps: int, clip: Path | None = None) -> dict:
+    """Edit a clip on a running server, and say what that took.
 
     Args:
         size: width and height that are edited, pixels.
-        drawn: width and height of the file, if others.
+        clip: a file in the server's input folder that has the frames; None: one that the demo world draws.
 
     Returns:
         ``frames``, ``seconds``, ``cpu`` seconds of the server's process, ``peak`` resident bytes; ``stages``: the last
         three of each node; ``memory``: some of (seconds, bytes, node).
     """
-    clip, drawn = server.base / "input" / f"long-{frames}.mp4", drawn or size
-    render(clip, frames, drawn, drawn, fps=24, shots=max(1, frames // SHOT))
+    if clip is None:
+        clip = server.base / "input" / f"long-{frames}.mp4"
+        render(clip, frames, size, size, fps=24, shots=max(1, frames // SHOT))
     prompt = long_prompt(server.object_info(), clip.name, size, steps)
     with MemoryWatch(server.process.pid) as watch:
         marks, begun = [], (time.monotonic(), watch.cpu_seconds())
