@@ -79,3 +79,26 @@ def test_edit_quality(root, tmp_path):
     assert all(0 < piece["measures"][name]["warping"] < 1 for name in piece["measures"])
     assert all(5 < piece["measures"][name]["psnr"] < 60 for name in settings)
     assert quality_report.table([piece]).count("\n") == 1 + len(piece["measures"])
+
+
+def long_run(frames: int, peak: float, ms: float) -> dict:
+    """A run of ``benchmarks/long_clip.py`` that took ``ms`` a frame in each stage, and as much of CPU time."""
+    stages = ("encode", "invert", "select", "joint", "propagate", "save")
+    spent = {"seconds": frames * ms / 1000, "cpu": frames * ms / 1000}
+    whole = {clock: len(stages) * value for clock, value in spent.items()}
+    return {"frames": frames, "peak": peak, **whole, "stages": dict.fromkeys(stages, spent), "memory": []}
+
+
+@pytest.mark.parametrize("gigabytes, ms, memory, time", [(2.4, 11.4, True, True), (2.6, 11.6, False, False)])
+def test_long_clip_judges_what_was_measured(root, tmp_path, gigabytes, ms, memory, time):
+    out = tmp_path / "result.json"
+    runs = [long_run(200, 1.5e9, 50.0), long_run(600, 1.6e9, 10.0), long_run(10_000, gigabytes * 1e9, ms)]
+    out.write_text(json.dumps({"commit": "given", "runs": runs}))
+    command = [sys.executable, str(root / "benchmarks" / "long_clip.py"), "--out", str(out), "--frames"]
+    done = subprocess.run([*command, "10000", "200", "600"], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stdout.splitlines() if "within" in line]
+    assert ["NOT within" not in line for line in lines] == [memory, time, time]
+    assert f"CPU time a frame: {ms / 10 - 1:+.1%} beside 600 frames" in lines[2]
+    refused = subprocess.run([*command, "200", "601"], capture_output=True, text=True)
+    assert refused.returncode == 1 and "cannot be gone on with: it has" in refused.stderr
+    assert json.loads(out.read_text())["runs"] == runs
