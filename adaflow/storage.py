@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,35 @@ def replace_durably(partial: Path, path: Path) -> None:
     """Rename ``partial``, which is on the disk already, so that the name survives a power loss."""
     partial.replace(path)
     sync_folder(path.parent)
+
+
+def take_free_name(partial: Path, names: Iterable[Path]) -> Path:
+    """Rename ``partial``, which is on the disk already, to the first of ``names`` that no file has, and return that.
+
+    Nothing is overwritten, whatever other processes write there meanwhile.
+    """
+    for path in names:
+        try:
+            if os.name == "nt":  # where a rename overwrites nothing
+                partial.rename(path)
+            else:
+                os.link(partial, path)
+        except FileExistsError:
+            continue
+        except OSError:  # the file system has no links
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            try:
+                partial.replace(path)
+            except BaseException:
+                path.unlink()
+                raise
+        sync_folder(path.parent)
+        partial.unlink(missing_ok=True)
+        return path
+    raise FileExistsError(f"{partial} finds no free name")
 
 
 def sync_folder(path: Path) -> None:

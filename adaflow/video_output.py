@@ -11,11 +11,16 @@ from pathlib import Path
 
 import av
 
-from .storage import replace_durably
+from .storage import replace_durably, take_free_name
 from .video_audio import AudioTrack
 
 FINE = Fraction(1, 90_000)
 """Time base of a file whose frames are unevenly spaced."""
+
+
+def hidden_beside(path: Path, mark: str) -> Path:
+    """A temporary name in the folder of ``path``."""
+    return path.with_name(f".{path.stem}.{mark}.partial")
 
 
 class VideoOutput:
@@ -32,7 +37,8 @@ class VideoOutput:
         audio_source: a file whose sound is carried over.
         audio_range: ``(start, duration)`` of that sound in seconds; the video's own duration ends it too.
         metadata: text to text, or to anything JSON can hold.
-        mark: part of the temporary name, so that one left over by a crash is overwritten; None makes one up.
+        names: to be taken in place of ``path``, the first that is free when the file is whole; nothing is overwritten.
+        partial: where the file grows, on the file system of ``path``; None makes up a name beside that.
         where: the node named in errors.
 
     Attributes:
@@ -49,7 +55,8 @@ class VideoOutput:
         audio_source: str | Path | None = None,
         audio_range: tuple[float, float] | None = None,
         metadata: dict | None = None,
-        mark: str | None = None,
+        names: Iterable[Path] | None = None,
+        partial: Path | None = None,
         where: str = "VideoOutput",
     ):
         self.path, self.fps = path, fps
@@ -57,7 +64,7 @@ class VideoOutput:
         self._times, self._track = times, None
         self._muxed, self._delay = 0, None  # packets; frames by which decoding is ahead of showing
         self._sound_length = audio_range[1] if audio_range else math.inf
-        self._partial = path.with_name(f".{path.stem}.{mark or uuid.uuid4().hex[:8]}.partial")
+        self._names, self._partial = names, partial or hidden_beside(path, uuid.uuid4().hex[:8])
         options = {"fflags": "+bitexact"}
         if muxer in ("mp4", "mov"):
             options["movflags"] = "use_metadata_tags"
@@ -112,7 +119,10 @@ class VideoOutput:
         self._container.close()
         with open(self._partial, "rb+") as written:
             os.fsync(written.fileno())
-        replace_durably(self._partial, self.path)
+        if self._names is None:
+            replace_durably(self._partial, self.path)
+        else:
+            self.path = take_free_name(self._partial, self._names)
 
     def discard(self) -> None:
         """Leave nothing behind."""

@@ -4,7 +4,8 @@ Each segment stands by itself (a closed group of pictures), and the frames of th
 they came, so that a run that was broken off goes on after the last of them and ends in the bytes of an unbroken run.
 """
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from .runs import Run
 from .storage import SafetensorsReader, save_tensor
+from .video_output import hidden_beside
 from .video_writer import CODECS, VideoWriter, exact_rate
 
 FORMAT = "adaflow-save-2"
@@ -35,6 +37,26 @@ def coding_identity(fps, width, height, codec, quality, pixel_format, times, **_
     }
 
 
+def _where_to_join(run: Run, path: Path) -> Path:
+    """Where the joined file grows: in the run's folder, which goes some day, if it can be renamed from there.
+
+    Raises:
+        OSError: files cannot be written beside ``path``.
+    """
+    trial, beside = run.path("trial"), hidden_beside(path, run.folder.name)
+    trial.touch()
+    try:
+        trial.replace(beside)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return beside
+    finally:
+        trial.unlink(missing_ok=True)
+    beside.unlink()
+    return run.path("joined.partial")
+
+
 class SegmentedWriter:
     """Like :class:`VideoWriter`, on a :class:`Run` that keeps what is written; a context manager.
 
@@ -43,9 +65,12 @@ class SegmentedWriter:
 
     Args:
         run: whose identity covers the frames and :func:`coding_identity`.
-        path, fps, width, height, codec, times: as for :class:`VideoWriter`.
+        path, fps, width, height, codec, times, names: as for :class:`VideoWriter`.
         audio_source, audio_range, metadata: likewise.
         encoding: ``quality``, ``pixel_format`` and ``where``, likewise.
+
+    Attributes:
+        path: of the file; where ``names`` are given, the one it got, on exit.
     """
 
     def __init__(
@@ -58,12 +83,14 @@ class SegmentedWriter:
         *,
         codec: str,
         times: Sequence[float] | None = None,
+        names: Iterable[Path] | None = None,
         audio_source: str | Path | None = None,
         audio_range: tuple[float, float] | None = None,
         metadata: dict | None = None,
         **encoding,
     ):
-        self._run, self._path, self._extension = run, path, CODECS[codec].extension
+        self._run, self.path, self._extension = run, path, CODECS[codec].extension
+        self._place = {"names": names, "partial": _where_to_join(run, path)}
         self._encoding = {"fps": fps, "width": width, "height": height, "codec": codec, **encoding}
         self._around = {"audio_source": audio_source, "audio_range": audio_range, "metadata": metadata, "times": times}
         self._whole: list[list[int]] = run.progress.get("segments", [])
@@ -150,6 +177,7 @@ class SegmentedWriter:
 
     def _join(self) -> None:
         """Put all segments into the file."""
-        with VideoWriter(self._path, mark=self._run.key, **self._around, **self._encoding) as whole:
+        with VideoWriter(self.path, **self._place, **self._around, **self._encoding) as whole:
             for number in range(len(self._whole)):
                 whole.copy(self._run.checked(self._file(number)))
+        self.path = whole.path

@@ -1,7 +1,7 @@
 """Video files written as a stream, chunk by chunk, with sound carried over; a reader never sees half a file."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -91,7 +91,8 @@ class VideoWriter:
         audio_source: a file whose sound is carried over.
         audio_range: ``(start, duration)`` of that sound in seconds; the video's own duration ends it too.
         metadata: text to text, or to anything JSON can hold.
-        mark: part of the temporary name, so that one left over by a crash is overwritten; None makes one up.
+        names: to be taken in place of ``path``, the first that is free when the file is whole; nothing is overwritten.
+        partial: where the file grows, on the file system of ``path``; None makes up a name beside that.
         where: the node named in errors.
 
     Raises:
@@ -113,7 +114,8 @@ class VideoWriter:
         audio_source: str | Path | None = None,
         audio_range: tuple[float, float] | None = None,
         metadata: dict | None = None,
-        mark: str | None = None,
+        names: Iterable[Path] | None = None,
+        partial: Path | None = None,
         where: str = "VideoWriter",
     ):
         require(codec in CODECS, where, "codec", repr(codec), "one of " + ", ".join(CODECS))
@@ -143,7 +145,8 @@ class VideoWriter:
             audio_source,
             audio_range,
             metadata,
-            mark,
+            names,
+            partial,
             where,
         )
         self._stream = self._output.stream
@@ -269,6 +272,7 @@ class VideoWriter:
                 packet.dts = packet.pts
         self._output.mux(packets)
         self._output.finish()
+        self.path = self._output.path
 
     def discard(self) -> None:
         """Leave nothing behind."""

@@ -1,5 +1,6 @@
 """AdaFlowSaveVideo: latents or images into a video file, a chunk at a time, with the source's sound."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -216,7 +217,8 @@ class AdaFlowSaveVideo(CheckedNode):
         clip = clip_of(source, NODE, "source") if source is not None else None
         count, width, height = _size(frames, vae)
         rate = _frame_rate(fps, frames, clip)
-        target, subfolder = _target(prefix, CODECS[coding["codec"]].extension, width, height)
+        names, subfolder = _names(prefix, CODECS[coding["codec"]].extension, width, height)
+        target = next(names)
         sound = clip is not None and clip.info.has_audio
         settings = {
             "fps": rate,
@@ -227,6 +229,7 @@ class AdaFlowSaveVideo(CheckedNode):
             "audio_source": clip.info.path if sound else None,
             "audio_range": clip.audio_range() if sound else None,
             "metadata": cls._metadata(),
+            "names": itertools.chain([target], names),
             "where": NODE,
         }
         chunk = chunk or auto_chunk(width, height)
@@ -243,8 +246,8 @@ class AdaFlowSaveVideo(CheckedNode):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 writer.write(piece.numpy())
                 progress.update_absolute(writer.frames_written, count)  # with a picture the video would not show
-        saved = ui.SavedResult(target.name, subfolder, io.FolderType.output)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(target)), ui=ui.PreviewVideo([saved]))
+        saved = ui.SavedResult(writer.path.name, subfolder, io.FolderType.output)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(writer.path)), ui=ui.PreviewVideo([saved]))
 
     @classmethod
     def _metadata(cls) -> dict[str, str]:
@@ -267,8 +270,8 @@ def require_inside(prefix: str) -> None:
     require(inside, NODE, "filename_prefix", got, expected)
 
 
-def _target(prefix: str, extension: str, width: int, height: int) -> tuple[Path, str]:
-    """``(path, subfolder)`` of the next free file under ComfyUI's output folder."""
+def _names(prefix: str, extension: str, width: int, height: int) -> tuple[Iterator[Path], str]:
+    """``(paths, subfolder)``: files under ComfyUI's output folder, numbered on from the next that is free now."""
     require_inside(prefix)
     try:
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
@@ -279,4 +282,4 @@ def _target(prefix: str, extension: str, width: int, height: int) -> tuple[Path,
     except Exception as error:
         expected = "a name inside ComfyUI's output folder"
         raise InputError(NODE, "filename_prefix", repr(prefix), expected) from error
-    return Path(folder) / f"{name}_{counter:05}_.{extension}", subfolder
+    return (Path(folder) / f"{name}_{number:05}_.{extension}" for number in itertools.count(counter)), subfolder

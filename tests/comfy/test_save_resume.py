@@ -95,6 +95,27 @@ def test_joining_is_done_again_without_decoding(samples, vae, monkeypatch):
     assert counts == []
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["latents", "images"])
+def test_a_save_that_ends_meanwhile_under_the_same_prefix_is_not_overwritten(samples, vae, monkeypatch, images):
+    few, others, inner = samples[:3], samples[3:6], []
+    finish = VideoWriter.finish
+
+    def finish_after_another(self):
+        if not inner:
+            inner.append(None)
+            inner[0] = save(others, vae, filename_prefix="one/prefix")
+            inner.append(inner[0].read_bytes())
+        finish(self)
+
+    monkeypatch.setattr(VideoWriter, "finish", finish_after_another)
+    if images:
+        options = {**SAVE, "fps": 8.0, "filename_prefix": "one/prefix"}
+        outer = Path(AdaFlowSaveVideo.execute(torch.rand(3, 32, 64, 3), **options).args[0].get_stream_source())
+    else:
+        outer = save(few, vae, filename_prefix="one/prefix")
+    assert outer != inner[0] and outer.is_file() and inner[0].read_bytes() == inner[1]
+
+
 def changed(samples):
     other = samples.clone()
     other[FRAMES - 1, 2, 3, 1] += 1e-3

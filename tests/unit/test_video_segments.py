@@ -1,7 +1,10 @@
 """A video written in segments: it plays as one written in a piece, and goes on where it was broken off."""
 
+import errno
 import itertools
+import os
 import random
+from pathlib import Path
 
 import av
 import numpy as np
@@ -165,11 +168,54 @@ def test_broken_off_while_it_is_joined_it_is_joined_again(tmp_path, sound, monke
             in_segments(tmp_path / "a.mp4", frames, chosen)
     run = open_run(tmp_path / "runs", "save", {})
     assert not (tmp_path / "a.mp4").exists()
-    (tmp_path / f".a.{run.key}.partial").write_bytes(b"left over by a crash")
+    run.path("joined.partial").write_bytes(b"left over by a crash")
     with SegmentedWriter(run, tmp_path / "a.mp4", **chosen) as writer:
         assert writer.frames_written == 20
     assert (tmp_path / "a.mp4").read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "runs", "whole.mp4"]
+
+
+def test_two_saves_of_the_same_under_one_name_give_two_files(tmp_path, monkeypatch):
+    """As by two servers: both begin before one of them is done, and join at the same time."""
+    names = [tmp_path / f"a_{number}.mkv" for number in range(9)]
+    clips = [moving(5, seed=1), moving(5, seed=2)]
+    chosen = {**settings("ffv1", None, 5, False), "names": names}
+    writers = [SegmentedWriter(open_run(tmp_path / "runs", "save", {}), names[0], **chosen) for _ in clips]
+    original = VideoWriter.copy
+
+    def copy(self, path):
+        original(self, path)
+        if len(writers) == 2:  # the first is about to take its name when the second is joined
+            with writers.pop() as other:
+                put(other, clips[1], 8)
+
+    monkeypatch.setattr(VideoWriter, "copy", copy)
+    with writers[0] as writer:
+        put(writer, clips[0], 8)
+    assert writer.path == names[1]
+    assert np.array_equal(decode(VideoClip(probe(names[1]))), clips[0])
+    assert np.array_equal(decode(VideoClip(probe(names[0]))), clips[1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_0.mkv", "a_1.mkv", "runs"]
+
+
+@pytest.mark.parametrize("refused", ["link", "replace"])
+def test_it_takes_a_free_name_on_file_systems_without_links_and_on_another_one(tmp_path, monkeypatch, refused):
+    names, frames = [tmp_path / f"a_{number}.mkv" for number in range(3)], moving(5, seed=1)
+    names[0].write_bytes(b"here already")
+    module, error = (os, errno.EPERM) if refused == "link" else (Path, errno.EXDEV)
+    original = getattr(module, refused)
+
+    def refusing(source, target):
+        if refused == "link" or Path(source).parent != Path(target).parent:
+            raise OSError(error, "no")
+        return original(source, target)
+
+    monkeypatch.setattr(module, refused, refusing)
+    chosen = {**settings("ffv1", None, 5, False), "names": names}
+    in_segments(names[0], frames, chosen)
+    assert names[0].read_bytes() == b"here already"
+    assert np.array_equal(decode(VideoClip(probe(names[1]))), frames)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_0.mkv", "a_1.mkv", "runs"]
 
 
 def test_a_damaged_segment_is_noticed(tmp_path, monkeypatch):
