@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import uuid
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path, PurePath
@@ -17,6 +19,7 @@ from comfy_api.latest import InputImpl, io, ui
 
 from ..adaflow.errors import InputError, require, require_one_of
 from ..adaflow.video import VideoClip
+from ..adaflow.video_output import hidden_beside
 from ..adaflow.video_segments import SegmentedWriter, coding_identity
 from ..adaflow.video_writer import CODECS, PIXEL_FORMATS, VideoWriter
 from .common import RESUME, disk_errors_explained, resumable_run, resume_input
@@ -31,7 +34,7 @@ from .validation import CheckedNode
 NODE = "AdaFlow Save Video"
 MAX_FPS = 1000.0
 DEFAULT_QUALITY = 18
-LONGEST_PREFIX = 200  # characters
+LONGEST_PREFIX = 200  # bytes: a file system takes 255 with the number, and what a temporary name adds
 
 
 def _decoded(samples: torch.Tensor, vae, chunk: int, first: int) -> Iterator[torch.Tensor]:
@@ -219,6 +222,7 @@ class AdaFlowSaveVideo(CheckedNode):
         rate = _frame_rate(fps, frames, clip)
         names, subfolder = _names(prefix, CODECS[coding["codec"]].extension, width, height)
         target = next(names)
+        _require_writable(target, prefix)
         sound = clip is not None and clip.info.has_audio
         settings = {
             "fps": rate,
@@ -260,13 +264,32 @@ class AdaFlowSaveVideo(CheckedNode):
         return {key: json.dumps(value) for key, value in known.items()}
 
 
+def _encoded_length(name: str) -> float:
+    """Bytes that a file system keeps of a name; infinity where it cannot be written."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:
+        return math.inf
+
+
+def _require_writable(target: Path, prefix: str) -> None:
+    """Raise :class:`InputError` unless a file can be made beside ``target``, under a name longer than it."""
+    trial = hidden_beside(target, uuid.uuid4().hex)
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        expected = f"a name and a folder that ComfyUI can write to ({error.strerror} in {target.parent})"
+        raise InputError(NODE, "filename_prefix", repr(prefix[:80]), expected) from error
+
+
 def require_inside(prefix: str) -> None:
     """Raise :class:`InputError` unless files of that prefix lie, links followed, in ComfyUI's output folder."""
     parts, got = PurePath(prefix.replace("\\", "/")).parts, repr(prefix[:80])
-    sound = "\0" not in prefix and ".." not in parts and len(prefix) <= LONGEST_PREFIX
+    sound = "\0" not in prefix and ".." not in parts and _encoded_length(prefix) <= LONGEST_PREFIX
     output = Path(folder_paths.get_output_directory()).resolve()
     inside = sound and output.joinpath(*parts).parent.resolve().is_relative_to(output)
-    expected = f"a name inside ComfyUI's output folder, of at most {LONGEST_PREFIX} characters"
+    expected = f"a name inside ComfyUI's output folder, of at most {LONGEST_PREFIX} bytes (é takes 2, Chinese 3)"
     require(inside, NODE, "filename_prefix", got, expected)
 
 

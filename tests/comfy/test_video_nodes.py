@@ -386,6 +386,41 @@ def test_save_refuses_what_it_cannot_use(folders, vae):
     assert left_in(folders) == ["clip.mp4"]
 
 
+@pytest.mark.parametrize(
+    "prefix",
+    ["x" * 201, "\u96ea" * 67, "a/" + "\u00e9" * 100, "\ud800"],
+    ids=lambda prefix: f"{len(prefix)} characters",
+)
+def test_save_refuses_long_names_before_it_decodes(folders, prefix):
+    with pytest.raises(InputError, match=r"'filename_prefix' is .* expected a name .* at most 200 bytes"):
+        save(torch.rand(2, 16, 16, 3), fps=5, filename_prefix=prefix)
+    assert left_in(folders / "output") == []
+
+
+@pytest.mark.parametrize(
+    "prefix", ["x" * 200, "\u96ea" * 66, "a/" + "\u00e9" * 99], ids=lambda prefix: f"{len(prefix)} characters"
+)
+def test_the_longest_names_can_be_saved(folders, vae, prefix):
+    save({"samples": torch.rand(2, 4, 2, 2)}, vae=vae, fps=5, filename_prefix=prefix)
+    (name,) = left_in(folders / "output")
+    assert name == prefix.split("/")[-1] + "_00001_.mp4"
+
+
+def test_save_refuses_a_folder_that_it_may_not_write_to_before_it_decodes(folders, vae, monkeypatch):
+    touch = Path.touch
+
+    def refusing(self, *args, **kwargs):
+        if self.parent.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        touch(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "touch", refusing)
+    monkeypatch.setattr(vae, "decode", lambda _: pytest.fail("decoded"), raising=False)
+    with pytest.raises(InputError, match=r"'filename_prefix' is 'locked/x'.*Permission denied in .*locked"):
+        save({"samples": torch.rand(2, 4, 2, 2)}, vae=vae, fps=5, filename_prefix="locked/x")
+    assert left_in(folders / "output") == []
+
+
 def test_cancel_leaves_nothing_behind_but_what_is_decoded(folders, vae, monkeypatch):
     steps = []
     monkeypatch.setattr(
