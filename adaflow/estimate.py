@@ -15,6 +15,7 @@ LATENT_VALUE = 4  # bytes: sampling is in float32
 FORWARD_MAPS = 20  # of the largest layer that a frame's forward holds at its peak, skip connections included
 EDIT_LATENTS, INVERSION_LATENTS = 9, 8  # copies of the clip's latent that sampling holds on the device
 RAM_LATENTS = 4  # copies of it in RAM: the node's input and result, and what is being written
+PIXEL_COPIES = 3  # of a chunk of frames in RAM: from the VAE, as float32, as they are coded
 CACHE_BYTES = 2 << 30  # of a plan's matches and selections, at the most
 
 
@@ -111,6 +112,18 @@ def inversion_needs(unet: UNetSizes, shape: tuple[int, int, int, int], chunk: in
     """
     forward = Amount(0, unet.weight_bytes + min(chunk, shape[0]) * unet.frame_bytes(shape[2:]))
     return Needs(_latents(shape, 4, INVERSION_LATENTS) + forward, _latents(shape, 2, RAM_LATENTS))
+
+
+def vae_needs(vae_bytes: int, width: int, height: int, chunk: int, latents: tuple[int, int, int, int] | None) -> Needs:
+    """Memory of frames that go through a VAE, ``chunk`` at a time.
+
+    Args:
+        vae_bytes: that it takes on its device for one frame.
+        latents: the shape of what is made and kept in RAM; None where frames go to a file.
+    """
+    pixels = width * height * 3 * 4
+    kept = _latents(latents, 1, 1) if latents else Amount(0, 0)
+    return Needs(Amount(0, vae_bytes), kept + Amount(pixels, PIXEL_COPIES * chunk * pixels))
 
 
 def edit_needs(

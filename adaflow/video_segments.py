@@ -37,6 +37,20 @@ def coding_identity(fps, width, height, codec, quality, pixel_format, times, **_
     }
 
 
+def disk_needs(count: int, width: int, height: int, codec: str, quality: int, chunk: int) -> tuple[int, int]:
+    """Bytes of disk that a save of ``count`` frames takes at its peak, surely and generously.
+
+    The kept frames of a segment stand beside it until it is whole; segments and joined file are there at one time.
+
+    Args:
+        chunk: frames of a call of :meth:`SegmentedWriter.write`.
+    """
+    raw, frame = width * height * 3, CODECS[codec].frame_bytes(width, height, quality)
+    deepest = 2  # bytes of a value of ten bits
+    kept = min(count, SEGMENT) * raw, min(count, SEGMENT - 1 + chunk) * raw * deepest
+    return kept[0], round(kept[1] + 2 * count * frame)
+
+
 def _where_to_join(run: Run, path: Path) -> Path:
     """Where the joined file grows: in the run's folder, which goes some day, if it can be renamed from there.
 

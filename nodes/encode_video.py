@@ -10,7 +10,8 @@ from comfy_api.latest import InputImpl, io
 
 from ..adaflow.errors import InputError, require
 from .lazy_video import clip_of
-from .patching.vae import ChunkedVAE
+from .patching.preview import NodeText
+from .patching.vae import ChunkedVAE, announce_vae
 from .types import CATEGORY
 from .validation import CheckedNode
 
@@ -108,6 +109,8 @@ class AdaFlowEncodeVideo(CheckedNode):
         progress = comfy.utils.ProgressBar(count)
         samples, done = None, 0
         chunk = chunk or auto_chunk(width, height)
+        shape = (count, getattr(vae, "latent_channels", 4), height // 8, width // 8)
+        announce_vae("encode", vae, (width, height), count, chunk, NODE, "source", NodeText(NODE), shape)
         encoder = ChunkedVAE(vae, chunk, NODE)
         for latents in (latents for pixels in chunks(chunk) for latents in encoder.encode(pixels)):
             comfy.model_management.throw_exception_if_processing_interrupted()

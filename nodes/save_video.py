@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from fractions import Fraction
@@ -18,16 +19,17 @@ from comfy.cli_args import args
 from comfy_api.latest import InputImpl, io, ui
 
 from ..adaflow.errors import InputError, require, require_one_of
+from ..adaflow.runs import Run, remove_old_runs
 from ..adaflow.video import VideoClip
 from ..adaflow.video_output import hidden_beside
-from ..adaflow.video_segments import SegmentedWriter, coding_identity
+from ..adaflow.video_segments import SegmentedWriter, coding_identity, disk_needs
 from ..adaflow.video_writer import CODECS, PIXEL_FORMATS, VideoWriter
 from .common import RESUME, disk_errors_explained, resumable_run, resume_input
 from .encode_video import auto_chunk, require_finite, require_image_vae
 from .lazy_video import clip_of
 from .patching.fingerprint import fingerprint, vae_fingerprint
 from .patching.preview import NodeText
-from .patching.vae import ChunkedVAE
+from .patching.vae import ChunkedVAE, announce_vae
 from .types import CATEGORY
 from .validation import CheckedNode
 
@@ -84,12 +86,35 @@ def _size(frames, vae) -> tuple[int, int, int]:
     return len(frames), frames.shape[2], frames.shape[1]
 
 
-def _resumable_writer(samples: torch.Tensor, vae, resume: str, target: Path, settings: dict) -> SegmentedWriter:
-    """A writer that goes on where a save of these latents with these settings was broken off, and says so."""
-    text = NodeText(NODE)
+def _announce_disk(run: Run, needs: tuple[int, int], text: NodeText) -> None:
+    """Show the disk that a save will take, (surely, about) bytes, less what the run has; refuse what surely lacks."""
+    folder = run.folder.parent
+    least, about = 0 if run.progress else needs[0], max(0, needs[1] - run.size())
+    removable = remove_old_runs(folder, least)
+    free = shutil.disk_usage(folder).free
+    text.put("disk", f"save: about {about / 1e9:.2f} GB of disk at its peak ({free / 1e9:.1f} free)")
+    kept = f" (with the {removable / 1e9:.3f} GB of older runs, which were kept, it would not be enough)"
+    room = f"{free / 1e9:.3f} GB that are free{kept if removable else ''}"
+    require(
+        least <= free,
+        NODE,
+        "frames",
+        f"so large that the save takes at least {least / 1e9:.3f} GB of disk",
+        f"at most the {room}: use a smaller size, or start ComfyUI with its output folder on a larger disk "
+        "(--output-directory)",
+    )
+
+
+def _resumable_writer(
+    samples: torch.Tensor, vae, chunk: int, resume: str, target: Path, settings: dict
+) -> SegmentedWriter:
+    """A writer that goes on where a save of the same was broken off, once what it needs is told."""
+    text, size = NodeText(NODE), (settings["width"], settings["height"])
+    announce_vae("decode", vae, size, len(samples), chunk, NODE, "frames", text)
     identity = {"latents": fingerprint(samples), "vae": vae_fingerprint(vae), **coding_identity(**settings)}
     run = resumable_run("save", identity, 0, NODE, resume, text)
     with run.closed_on_error():
+        _announce_disk(run, disk_needs(len(samples), *size, settings["codec"], settings["quality"], chunk), text)
         writer = SegmentedWriter(run, target, **settings)
         if writer.frames_written:
             text.put("resume", f"resumed from frame {writer.frames_written} of {len(samples)}")
@@ -241,7 +266,7 @@ class AdaFlowSaveVideo(CheckedNode):
             writer = VideoWriter(target, **settings)
             images = (piece[..., :3].float().cpu() for piece in frames.split(chunk))
         else:
-            writer = _resumable_writer(frames["samples"], vae, resume, target, settings)
+            writer = _resumable_writer(frames["samples"], vae, chunk, resume, target, settings)
             chunk = min(chunk, writer.chunk or chunk)  # more may not have fitted
             images = _decoded(frames["samples"], vae, chunk, writer.frames_written)
         progress = comfy.utils.ProgressBar(count)

@@ -4,9 +4,33 @@ import copy
 from collections.abc import Iterator
 
 import comfy.model_management
+import torch
 from torch import Tensor
 
-from .memory import halved
+from ...adaflow.estimate import vae_needs
+from .memory import announce, halved
+
+
+def announce_vae(method, vae, size, count, chunk, where, what, text, latents=None) -> None:
+    """Show what frames through ComfyUI's VAE need, then refuse what surely does not fit.
+
+    Args:
+        method: "encode" or "decode".
+        size: (width, height) in pixels.
+        count, chunk: frames, in all and at a time.
+        where, what: the node and the input that decides.
+        latents: shape of what is made and kept in RAM, if any.
+
+    Raises:
+        InputError: more is needed than is free.
+    """
+    width, height = size
+    estimate, kind = getattr(vae, f"memory_used_{method}", None), getattr(vae, "vae_dtype", torch.float32)
+    shape = (1, 3, height, width) if method == "encode" else (1, 4, height // 8, width // 8)
+    needs = vae_needs(int(estimate(shape, kind)) if estimate else 0, width, height, min(chunk, count), latents)
+    device = getattr(vae, "device", None) or comfy.model_management.vae_device()
+    got = f"{count} frames, {width}x{height} pixels"
+    announce(needs, device, where, what, got, "use fewer frames or a smaller size", text)
 
 
 class ChunkedVAE:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ from adaflow_pack.adaflow import runs
 from adaflow_pack.adaflow.descriptors import layer_sizes
 from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.adaflow.estimate import edit_needs, inversion_needs
+from adaflow_pack.adaflow.runs import open_run
 from adaflow_pack.adaflow.trajectory import tensor_bytes, trajectory_bytes
+from adaflow_pack.adaflow.video_segments import SegmentedWriter, disk_needs
 from adaflow_pack.nodes.descriptors import AdaFlowExtractDescriptors
+from adaflow_pack.nodes.encode_video import AdaFlowEncodeVideo
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.patching import memory
 from adaflow_pack.nodes.patching.families import unet_family
@@ -19,9 +23,11 @@ from adaflow_pack.nodes.patching.patch import deterministic_samplers
 from adaflow_pack.nodes.patching.resume import FILE_BYTES, UNBOUNDED, checkpoint_bytes
 from adaflow_pack.nodes.patching.taps import self_attentions
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
+from adaflow_pack.nodes.save_video import AdaFlowSaveVideo
 from broken_runs import forwards
 from graph import AFRESH, Graph, plain_euler, select
 from models import SHAPES, clip_latent, conditioning, small_model
+from small_vae import small_vae
 from tensor_memory import TensorMemory
 
 
@@ -178,6 +184,48 @@ def test_what_surely_does_not_fit_is_refused_before_any_forward(graph, monkeypat
             with pytest.raises(InputError, match=NUMBERS.format(what="plan", change="fewer keyframes")):
                 run()
     assert not calls
+
+
+SAVING = {"fps": 8.0, "codec": "h264", "quality": 18, "filename_prefix": "estimate/x"}
+
+
+def test_the_video_nodes_show_frames_memory_and_disk_and_refuse_in_time(comfy_folders, caplog, monkeypatch):
+    vae, images, latent = small_vae(), torch.rand(20, 64, 96, 3), {"samples": torch.rand(20, 4, 8, 12)}
+    with caplog.at_level(logging.INFO):
+        AdaFlowEncodeVideo.execute(images, vae)
+        AdaFlowSaveVideo.execute(latent, **SAVING, vae=vae)
+    memory_line = r"20 frames, 96x64 pixels: needs about \d+\.\d\d GB of .*free"
+    assert re.search("AdaFlow Encode Video: " + memory_line, caplog.text)
+    assert re.search("AdaFlow Save Video: " + memory_line, caplog.text)
+    assert re.search(r"AdaFlow Save Video: save: about 0\.00 GB of disk at its peak \([\d.]+ free\)", caplog.text)
+    monkeypatch.setattr(vae, "encode", lambda _: pytest.fail("encoded"), raising=False)
+    monkeypatch.setattr(vae, "decode", lambda _: pytest.fail("decoded"), raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 20 * 64 * 96 * 3 - 1))
+        with pytest.raises(InputError, match=r"'frames' is so large .* at least 0\.000 GB of disk; expected"):
+            AdaFlowSaveVideo.execute(latent, **SAVING, vae=vae)
+    too_little(monkeypatch, 1000)
+    with pytest.raises(InputError, match=r"'source' is 20 frames, .* takes at least 0\.\d\d GB of RAM"):
+        AdaFlowEncodeVideo.execute(images, vae)
+    with pytest.raises(InputError, match=r"'frames' is 20 frames, .* takes at least 0\.\d\d GB of RAM"):
+        AdaFlowSaveVideo.execute(latent, **SAVING, vae=vae)
+
+
+@pytest.mark.parametrize(("chunk", "frames"), [(1, 70), (16, 148), (31, 70), (63, 64), (64, 70), (16, 20)])
+def test_a_save_takes_at_least_the_disk_that_is_said_to_be_sure(tmp_path, chunk, frames):
+    run, sizes = open_run(tmp_path, "save", {}), []
+    commit = run.commit
+
+    def measured(*args, **progress):
+        sizes.append(sum(path.stat().st_size for path in run.folder.iterdir()))  # with what the commit removes
+        commit(*args, **progress)
+
+    run.commit = measured
+    with SegmentedWriter(run, tmp_path / "x.mp4", 8.0, 64, 32, codec="h264", quality=18, pixel_format=None) as writer:
+        for first in range(0, frames, chunk):
+            writer.write(torch.zeros(min(chunk, frames - first), 32, 64, 3).numpy())
+    needs = disk_needs(frames, 64, 32, "h264", 18, chunk)
+    assert needs[0] <= max(sizes) <= needs[1]
 
 
 def test_a_finished_run_is_read_even_where_a_new_one_would_not_fit(graph, monkeypatch):
