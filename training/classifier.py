@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from common import Clock, Learner, Log, initialise, pack_module, save_whole
+from data import Pictures
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
@@ -29,8 +32,12 @@ def loss_of(module, images: Tensor, truth: Tensor) -> Tensor:
     return sum(cross_entropy(head.float(), truth[:, i], ignore_index=-1) for i, head in enumerate(heads))
 
 
-def train(folder, images: Tensor, truth: Tensor, clock: Clock, log: Log, device):
-    """The trained classifier in float32; None when the call ends before the training does."""
+def train(folder, scenes: Callable[[], Pictures], clock: Clock, log: Log, device):
+    """The trained classifier in float32; None when the call ends before the training does.
+
+    Args:
+        scenes: draws the pictures, where there is something to learn from them.
+    """
     judge = pack_module("adaflow.demo.judge")
     module = judge.Judge().to(device)
     done, state = folder / "classifier.safetensors", folder / "classifier-state.safetensors"
@@ -39,6 +46,8 @@ def train(folder, images: Tensor, truth: Tensor, clock: Clock, log: Log, device)
         return module.eval()
     initialise(module, (), torch.Generator().manual_seed(2))
     module.bfloat16()
+    pictures = scenes()
+    images, truth = pictures.images, pictures.truth
     learner = Learner(module, lambda images, truth: loss_of(module, images, truth), RATE, average=0.99)
     for _ in clock.steps(learner, state):
         chosen = torch.randint(len(images), (min(BATCH, len(images)),), device=device)

@@ -276,6 +276,9 @@ class Log:
             file.write(json.dumps(entry) + "\n")
         print(*(f"{key} {value}" for key, value in entry.items()), sep="  ", flush=True)
 
+    def entries(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
 
 @torch.no_grad()
 def initialise(module: nn.Module, silent: tuple[str, ...], generator: torch.Generator) -> None:

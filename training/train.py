@@ -4,13 +4,15 @@
 
 ``--photos``: the folder that training/photos.py filled. Repeat the command until it says that all is trained, or add
 ``--last`` to one in which the UNet may learn for as long as is left; each call leaves weights to try in ``--out``.
-Stages: autoencoder, latents, classifier, denoiser (UNet and text encoder), report. About 13 minutes on an H100.
+Stages: autoencoder, latents, classifier, denoiser (UNet and text encoder), report. About 13 minutes on an H100. With
+``--autoencoder`` the first and the third are those of another training, and all of the time is the UNet's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -35,6 +37,34 @@ SMALL = {
     "classifier pictures": 16,
     "report": {"captions": 4, "steps": 2, "guidance": 4.0},
 }
+
+SHIPPED = "autoencoder-shipped.safetensors"  # in --work: packed, of another training
+EARLIER = ("autoencoder", "classifier")  # stages before the denoiser's
+
+
+def take_finished(given: Path, work: Path, log: Log) -> None:
+    """Make the autoencoder of ``given`` and the classifier beside it those of ``work``; their log goes before its own.
+
+    Args:
+        given: a weights.safetensors; nothing is read of it but the autoencoder.
+
+    Raises:
+        ValueError: it holds no autoencoder, or ``work`` holds a training that began without one.
+    """
+    if (work / SHIPPED).exists():
+        return
+    if log.path.exists():
+        raise ValueError(f"{work} holds a training with an autoencoder of its own; --autoencoder needs an empty folder")
+    vae = {name: value for name, value in load_file(given).items() if name.startswith("vae.")}
+    if not vae:
+        raise ValueError(f"{given} holds no autoencoder")
+    shutil.copyfile(given.with_name("classifier.safetensors"), work / "classifier.safetensors")
+    beside = given.with_name("training-log.jsonl")
+    lines = beside.read_text().splitlines() if beside.exists() else []
+    whole = max((i + 1 for i, line in enumerate(lines) if json.loads(line)["stage"] in EARLIER), default=0)
+    log.path.write_text("".join(f"{line}\n" for line in lines[:whole]))
+    save_whole(vae, work / SHIPPED)
+    log.add("autoencoder and classifier taken as they are", 0.0, weights=f"{given.resolve().parent.name}/{given.name}")
 
 
 def pictures(counts: dict, photographs: Photographs, device, log: Log) -> list[tuple[torch.Tensor, list[str]]]:
@@ -87,6 +117,8 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(time.time_ns() % 2**31)
     log = Log(options.work / "log.jsonl")
+    if options.autoencoder:
+        take_finished(options.autoencoder, options.work, log)
     start_comfyui()
     photographs = Photographs(options.photos, device)
     begin_with = load_file(options.begin_with) if options.begin_with else {}
@@ -102,21 +134,24 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
 
     kept = options.work / "latents.safetensors"
     pools = [] if kept.exists() else pictures(settings["pictures"], photographs, device, log)
-    auto = autoencoder.train(
-        options.work, [images for images, _ in pools], clock("autoencoder"), log, device, begin_with
-    )
-    if auto is None:
-        return False
     weights = pack_module("adaflow.demo.weights")
-    vae = weights.pack({f"vae.{name}": value for name, value in autoencoder.shipped(auto).items()})
+    if (options.work / SHIPPED).exists():
+        vae = load_file(options.work / SHIPPED)
+    else:
+        auto = autoencoder.train(
+            options.work, [images for images, _ in pools], clock("autoencoder"), log, device, begin_with
+        )
+        if auto is None:
+            return False
+        vae = weights.pack({f"vae.{name}": value for name, value in autoencoder.shipped(auto).items()})
     auto = autoencoder.as_shipped(vae, device)  # so that the UNet learns on its latents, and the report is of it
     if pools:
         keep_latents(kept, auto, pools)
         del pools
     seeds = range(CLASSIFIER_FIRST, CLASSIFIER_FIRST + settings["classifier pictures"])
-    scenes = world_pictures(seeds, LANDSCAPE, device)
-    judge = classifier.train(options.work, scenes.images, scenes.truth, clock("classifier"), log, device)
-    del scenes
+    judge = classifier.train(
+        options.work, lambda: world_pictures(seeds, LANDSCAPE, device), clock("classifier"), log, device
+    )
     if judge is None:
         return False
     tensors = load_file(kept, device=str(device))
@@ -129,7 +164,8 @@ def run(options: argparse.Namespace, settings: dict) -> bool:
     save_whole(packed, options.out / "weights.safetensors")
     half = {name: value.half().cpu() for name, value in judge.state_dict().items()}
     save_whole(half, options.out / "classifier.safetensors")
-    used = settings | {"seconds": settings["seconds"] | {"denoiser": round(timer.total, 1)}}
+    seconds = {entry["stage"]: entry["seconds"] for entry in log.entries() if entry["stage"] in EARLIER}
+    used = settings | {"seconds": seconds | {"denoiser": round(timer.total, 1)}}
     (options.out / "settings.json").write_text(json.dumps(used, indent=2) + "\n")
     denoiser.restore(module, packed)
     report(module, auto, judge, device, log, options.out, timer.used, settings["report"])
@@ -146,6 +182,11 @@ def main() -> None:
     parser.add_argument("--last", action="store_true", help="end the training with this call")
     parser.add_argument(
         "--begin-with", type=Path, help="weights.safetensors of another training, instead of random ones"
+    )
+    parser.add_argument(
+        "--autoencoder",
+        type=Path,
+        help="weights.safetensors whose autoencoder is finished, as is classifier.safetensors beside it",
     )
     parser.add_argument("--small", action="store_true", help="seconds of training, to try the script")
     options = parser.parse_args()

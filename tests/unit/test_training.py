@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,15 @@ import pytest
 import torch
 from adaflow_pack.adaflow.demo.weights import pack, unpack
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from video_files import make
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "training"))
 
 import common
-from common import Clock, Learner, Muon, orthogonal, schedule
+from common import Clock, Learner, Log, Muon, orthogonal, schedule
+from train import take_finished
 
 TRAINING = Path(common.__file__).parent
 
@@ -206,6 +208,66 @@ def test_the_shipped_autoencoder_is_the_float32_mean_rounded_once(small_training
     shipped = unpack(load_file(small_training / "out" / "weights.safetensors"), "vae.")
     for name, value in unpack(pack(mean)).items():
         assert torch.equal(value, shipped[name]), name
+
+
+def finished(folder: Path, names: list[str], stages: list[str]) -> Path:
+    """Weights of these tensors' names, a classifier and a log of these stages."""
+    folder.mkdir()
+    save_file({name: torch.zeros(1) for name in names}, folder / "weights.safetensors")
+    save_file({"head": torch.ones(1)}, folder / "classifier.safetensors")
+    lines = [json.dumps({"stage": stage, "seconds": float(i)}) for i, stage in enumerate(stages)]
+    (folder / "training-log.jsonl").write_text("\n".join(lines))
+    return folder / "weights.safetensors"
+
+
+def test_the_log_of_what_is_taken_is_carried_once_and_ends_where_the_unets_begins(tmp_path):
+    stages = ["start", "autoencoder", "start", "autoencoder", "classifier", "denoiser", "autoencoder on held-out world"]
+    given = finished(tmp_path / "first", ["vae.a", "unet.b", "text.c"], stages)
+    (tmp_path / "work").mkdir()
+    log = Log(tmp_path / "work" / "log.jsonl")
+    for _ in range(2):  # calls
+        take_finished(given, tmp_path / "work", log)
+    *carried, taken = log.entries()
+    assert [entry["stage"] for entry in carried] == stages[:5]
+    assert taken["weights"] == "first/weights.safetensors"
+    assert load_file(tmp_path / "work" / "autoencoder-shipped.safetensors").keys() == {"vae.a"}
+
+
+def test_an_autoencoder_is_taken_neither_from_nowhere_nor_into_another_training(tmp_path):
+    (tmp_path / "work").mkdir()
+    log = Log(tmp_path / "work" / "log.jsonl")
+    with pytest.raises(ValueError, match="no autoencoder"):
+        take_finished(finished(tmp_path / "bare", ["unet.b"], []), tmp_path / "work", log)
+    assert not list((tmp_path / "work").iterdir())
+    log.add("start", 0.0)
+    with pytest.raises(ValueError, match="of its own"):
+        take_finished(finished(tmp_path / "first", ["vae.a"], []), tmp_path / "work", log)
+
+
+def test_a_unet_learns_on_an_autoencoder_that_is_finished(small_training, tmp_path):
+    first, given = small_training / "out", tmp_path / "finished"
+    given.mkdir()
+    before = load_file(first / "weights.safetensors")
+    vae = {name: value for name, value in before.items() if name.startswith("vae.")}
+    save_file(vae, given / "weights.safetensors")
+    for name in ("classifier.safetensors", "training-log.jsonl"):
+        shutil.copy(first / name, given)
+    folders = ["--photos", small_training / "photos", "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    finished = ["--autoencoder", given / "weights.safetensors", "--last"]
+    assert "all is trained" in python(TRAINING / "train.py", "--small", *folders, *finished)
+    after = load_file(tmp_path / "out" / "weights.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in vae.items())
+    assert any(not torch.equal(after[name], value) for name, value in before.items() if name.startswith("unet."))
+    judges = [load_file(folder / "classifier.safetensors") for folder in (first, tmp_path / "out")]
+    assert all(torch.equal(judges[1][name], value) for name, value in judges[0].items())
+    old, new = (Log(folder / "training-log.jsonl").entries() for folder in (first, tmp_path / "out"))
+    carried, kept = ([e for e in log if e["stage"] in ("autoencoder", "classifier")] for log in (old, new))
+    assert kept == carried
+    assert "samples" in [entry["stage"] for entry in new]
+    assert old[-1] == new[-1] | {"seconds": old[-1]["seconds"]}, "the same autoencoder's dB"
+    seconds = json.loads((tmp_path / "out" / "settings.json").read_text())["seconds"]
+    assert seconds.pop("denoiser") == pytest.approx(2.0)
+    assert seconds == {entry["stage"]: entry["seconds"] for entry in carried}
 
 
 RECORDED = """
