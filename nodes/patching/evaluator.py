@@ -4,6 +4,7 @@ Section 7 of the method. Source branch: none after its window; in propagation on
 a keyframe's own prediction comes from the joint pass.
 """
 
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -26,7 +27,6 @@ from .passes import (
     EditJointPass,
     EditPropagationPass,
     Injection,
-    RowTables,
     SourceJointPass,
     SourcePropagationPass,
     StepState,
@@ -38,7 +38,7 @@ from .windows import slice_conds
 logger = logging.getLogger(__name__)
 MAX_BATCH = {"cuda": 64}  # frames times branches in one forward by kind of device: it would be no faster with more
 MAX_BATCH_ELSEWHERE = 32
-MEMORY_SHARE = 0.5  # of what is free, for the activations of one forward
+MEMORY_SHARE = 0.65  # of what is free, for the activations of one forward
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,17 @@ def prompts_on_device(conds: list[list[dict] | None], device: torch.device) -> l
         return {**cond, "model_conds": {key: moved(value) for key, value in cond["model_conds"].items()}}
 
     return [branch and [placed(cond) for cond in branch] for branch in conds]
+
+
+def free_what_failed() -> None:
+    """Give back the memory of a forward that ran out of it, once its error, which held that, is handled."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def padded(frames: list[int], size: int) -> list[int]:
+    """``frames``, the last one repeated to make ``size``."""
+    return frames + frames[-1:] * (size - len(frames))
 
 
 class Ahead:
@@ -261,6 +272,7 @@ class _Evaluation:
     def run(self) -> list[Tensor]:
         """Joint pass, then propagation of every frame that is not a keyframe."""
         edit, keyframes, begun = self.edit, self.state.keyframes, time.perf_counter()
+        self._select(keyframes)  # before there is anything else of this step on the device
         out = [torch.zeros_like(self.x) for _ in self.conds]
         while True:
             chunks = self._joint_chunks()
@@ -269,8 +281,9 @@ class _Evaluation:
                 break
             except RuntimeError as error:
                 self.state.shelf.clear()
-                tried = -(-len(chunks[0]) // self._branches()) if len(chunks) > 1 else len(chunks[0])
+                tried = len(chunks[0]) if len(chunks) == 1 else -(-len(chunks[0]) // self._branches())
                 edit.make_room(error, tried, self.x, self.state.shelf, divisible=self._may_split())
+            free_what_failed()
         self.state.shelf.drop(unless="output")
         chosen, ahead = set(keyframes), Ahead(self.x.device)
         left = [frame for frame in edit.frames if frame not in chosen]
@@ -282,9 +295,13 @@ class _Evaluation:
             matched = edit.plan.matching_seconds
             size = len(frames) if edit.compiler is None else min(self._chunk(), total)  # one shape is compiled
             try:
-                predictions = self._propagate(frames + frames[-1:] * (size - len(frames)))
+                predictions = self._propagate(left, len(frames), size)
             except RuntimeError as error:
+                self.state.conv.clear()
                 edit.make_room(error, size, self.x, self.state.shelf)
+                predictions = None
+            if predictions is None:
+                free_what_failed()
                 continue
             predictions = [prediction[: len(frames)] for prediction in predictions]
             self._store(out, frames, predictions)
@@ -307,8 +324,12 @@ class _Evaluation:
             return
         keyframes = self.edit.plan.keyframes(following)
         if set(keyframes) <= set(self.edit.frames):
-            for area in dict.fromkeys(self.state.areas.values()):
-                self.edit.plan.kept(keyframes, self.state.budget, area[:2] if area else tuple(self.x.shape[2:]), area)
+            self._select(keyframes)
+
+    def _select(self, keyframes: tuple[int, ...]) -> None:
+        """Have the plan find which tokens ``keyframes`` attend to."""
+        for area in dict.fromkeys(self.state.areas.values()):
+            self.edit.plan.kept(keyframes, self.state.budget, area[:2] if area else tuple(self.x.shape[2:]), area)
 
     def _branches(self) -> int:
         """Conditionings that are batched in one forward."""
@@ -316,6 +337,11 @@ class _Evaluation:
 
     def _chunk(self) -> int:
         return self.edit.chunk(self.model, self.x, self._branches())
+
+    def _alone(self) -> int:
+        """Frames of one branch by itself that make a batch as large as a chunk of all branches."""
+        chunk = self._chunk()
+        return chunk * self._branches() if chunk > 1 else 1
 
     def _may_split(self) -> bool:
         """Whether the keyframes may go in several chunks.
@@ -330,7 +356,7 @@ class _Evaluation:
         keyframes, chunk = self.state.keyframes, self._chunk()
         count = 1
         if len(keyframes) > chunk and self._may_split():
-            count = max(2, -(-len(keyframes) // (chunk * self._branches())))
+            count = max(2, -(-len(keyframes) // self._alone()))
         bounds = [len(keyframes) * index // count for index in range(count + 1)]
         return [keyframes[start:stop] for start, stop in pairwise(bounds)]
 
@@ -353,13 +379,23 @@ class _Evaluation:
             for frames, predictions in zip(chunks, lockstep.run_in_lockstep(workers), strict=True):
                 self._store(out, frames, predictions, conds)
 
-    def _propagate(self, frames: list[int]) -> list[Tensor]:
+    def _propagate(self, left: list[int], count: int, size: int) -> list[Tensor]:
+        """Predictions of the first ``count`` frames of ``left``, the last one repeated to make ``size``.
+
+        The source branch is evaluated for as many frames at a time as make a batch of the edit branches' size.
+        """
+        frames = padded(left[:count], size)
+        if self.injection.conv and not self.state.conv.holds(frames):
+            batch = max(size, self._alone() // len(self.sources))
+            known = left[:batch] if self.edit.compiler is None else padded(left[:batch], batch)
+            self.state.conv.clear()
+            self._evaluate(self.sources, known, SourcePropagationPass(*self._of(known)), source=True)
+        return self._evaluate(self.conds, frames, EditPropagationPass(*self._of(frames)))
+
+    def _of(self, frames: list[int]) -> tuple:
+        """What a propagation pass over ``frames`` is made from."""
         where = self.edit.plan.propagation(frames, self.state.keyframes, self.edit.settings.interpolate)
-        tables: RowTables = {}
-        shared = self.state, where, tables, self.edit.compiler
-        if self.injection.conv:
-            self._evaluate(self.sources, frames, SourcePropagationPass(*shared), source=True)
-        return self._evaluate(self.conds, frames, EditPropagationPass(*shared))
+        return self.state, where, self.edit.compiler
 
     def _evaluate(self, conds, frames, step_pass, source: bool = False) -> list[Tensor]:
         """``calc_cond_batch`` of some frames under a pass; the source branch reads the trajectory instead of x."""

@@ -4,6 +4,7 @@
 read it, and it is dropped with the evaluation.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +19,6 @@ from .families import UNetFamily
 from .lockstep import Exchange
 from .shelf import Shelf, to_device
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
-
-# (keyframes, size, area) -> rows of the keyframes' outputs that a chunk's frames take, on the model's device
-RowTables = dict[tuple, Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class StepState:
         areas: part of the latent that each branch (of :class:`UNetCall`) is evaluated on; None is all of it.
         shelf: activations of the keyframes: ("output", branch, layer), attention outputs after the output projection;
             ("query", area, layer), ("key", area, layer) and ("conv", area), the source branch's that are injected.
-        conv: the source branch's feature of the injected ResBlock, of the frames that are propagated, by area.
+        conv: the source branch's feature of the injected ResBlock, of the frames that are propagated next.
     """
 
     plan: EditPlan
@@ -52,10 +50,38 @@ class StepState:
     injection: Injection
     areas: dict[object, Area | None]
     shelf: Shelf
-    conv: dict[Area | None, Tensor] = field(default_factory=dict)
+    conv: "SourceFeatures" = field(default_factory=lambda: SourceFeatures())
 
     def injects_attention(self, layer: Layer) -> bool:
         return self.injection.attention and layer.section == "output" and layer.block in self.family.attention_blocks
+
+
+class SourceFeatures:
+    """A feature of the source branch, of some frames, by area."""
+
+    def __init__(self):
+        self._rows: dict[int, int] = {}
+        self._by_area: dict[Area | None, Tensor] = {}
+
+    def holds(self, frames: Iterable[int]) -> bool:
+        """Whether those of all ``frames`` are here."""
+        return bool(self._by_area) and all(frame in self._rows for frame in frames)
+
+    def put(self, frames: Iterable[int], area: Area | None, features: Tensor) -> None:
+        """Take those of ``frames``, the same for all areas, (frames, channels, height, width)."""
+        self._rows = {frame: row for row, frame in enumerate(frames)}
+        self._by_area[area] = features
+
+    def of(self, frames: Iterable[int], area: Area | None) -> Tensor:
+        """Those of ``frames``, which may come more than once."""
+        features, rows = self._by_area[area], [self._rows[frame] for frame in frames]
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return features[rows[0] : rows[0] + len(rows)]
+        return features.index_select(0, to_device(torch.tensor(rows), features.device))
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._rows, self._by_area = {}, {}
 
 
 class SourceJointPass(UNetPass):
@@ -140,12 +166,13 @@ class PropagationPass(UNetPass):
     """A chunk of frames: attention outputs are gathered from the keyframes', nothing of attention is computed.
 
     Args:
-        tables: filled at need, and shared by the source's and the edit's pass over the same frames.
         compiler: runs the blocks that it can; None: none.
     """
 
-    def __init__(self, state: StepState, where: Propagation, tables: RowTables, compiler: BlockCompiler | None = None):
-        self.state, self.where, self._tables, self._compiler = state, where, tables, compiler
+    def __init__(self, state: StepState, where: Propagation, compiler: BlockCompiler | None = None):
+        self.state, self.where, self._compiler = state, where, compiler
+        # (keyframes, size, area) -> rows of the keyframes' outputs that the frames take, on the model's device
+        self._tables: dict[tuple, Tensor] = {}
         self._slots = {frame: slot for slot, frame in enumerate(state.keyframes)}
         used = [self._slots[keyframe] for keyframe in (*where.keyframes, *where.neighbours)]
         self._first, self._stop = min(used), max(used) + 1
@@ -203,7 +230,7 @@ class SourcePropagationPass(PropagationPass):
 
     def conv_feature(self, call: UNetCall, feature: Tensor) -> None:
         for branch, part in split_branches(call, feature):
-            self.state.conv[self.state.areas[branch]] = part
+            self.state.conv.put(self.where.frames, self.state.areas[branch], part)
         raise StopForward
 
 
@@ -213,7 +240,8 @@ class EditPropagationPass(PropagationPass):
     def given_feature(self, call: UNetCall) -> Tensor | None:
         if not self.state.injection.conv:
             return None
-        return torch.cat([self.state.conv[self.state.areas[branch]] for branch in call.branches])
+        areas = [self.state.areas[branch] for branch in call.branches]
+        return torch.cat([self.state.conv.of(self.where.frames, area) for area in areas])
 
 
 def _first(*tensors: Tensor | None) -> Tensor:
