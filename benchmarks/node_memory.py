@@ -85,10 +85,12 @@ def main() -> None:
         vae = small_vae(dtype=dtype, **({} if options.small else FULL))
         base = Path(folder).resolve()
         both_nodes(WARM_UP, *options.size, vae, base)
-        runs = [both_nodes(frames, *options.size, vae, base) for frames in options.frames]
-    if options.out:
-        about = {"comfyui": harness.comfyui_version(), "size": options.size, "dtype": str(dtype)}
-        harness.write_result(options.out, {**about, "small": options.small, "runs": runs}, options.commit)
+        runs = []
+        for frames in options.frames:
+            runs.append(both_nodes(frames, *options.size, vae, base))
+            if options.out:  # after each, since the next one may take long
+                about = {"comfyui": harness.comfyui_version(), "size": options.size, "dtype": str(dtype)}
+                harness.write_result(options.out, {**about, "small": options.small, "runs": runs}, options.commit)
 
 
 if __name__ == "__main__":

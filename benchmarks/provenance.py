@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def commit(given: str | None = None) -> str:
-    """Of the working tree; where it is no clone, ``given``, or "unknown"."""
+    """``given``, or that of the working tree; "unknown" where it is no clone."""
+    if given:
+        return given
     try:
         command = ["git", "rev-parse", "HEAD"]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return given or "unknown"
+        return "unknown"
 
 
 @functools.cache
