@@ -272,11 +272,11 @@ class _Evaluation:
     def run(self) -> list[Tensor]:
         """Joint pass, then propagation of every frame that is not a keyframe."""
         edit, keyframes, begun = self.edit, self.state.keyframes, time.perf_counter()
-        self._select(keyframes)  # before there is anything else of this step on the device
         out = [torch.zeros_like(self.x) for _ in self.conds]
         while True:
             chunks = self._joint_chunks()
             try:
+                self._select(keyframes)  # before there is anything else of this step on the device
                 self._joint(out, chunks)
                 break
             except RuntimeError as error:
@@ -318,13 +318,18 @@ class _Evaluation:
         return out
 
     def _select_ahead(self) -> None:
-        """Select the tokens of the next step's keyframes while a GPU computes a chunk of this step."""
+        """Select the tokens of the next step's keyframes while a GPU computes a chunk, if they fit beside it."""
         following = self.step + 1
         if self.x.device.type != "cuda" or following >= self.edit.steps:
             return
         keyframes = self.edit.plan.keyframes(following)
-        if set(keyframes) <= set(self.edit.frames):
+        if not set(keyframes) <= set(self.edit.frames):
+            return
+        try:
             self._select(keyframes)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
 
     def _select(self, keyframes: tuple[int, ...]) -> None:
         """Have the plan find which tokens ``keyframes`` attend to."""
