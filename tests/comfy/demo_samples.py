@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-HEIGHT, WIDTH, FRAMES, STEPS = 64, 128, 16, 8
-GRID = (8, 16)
-KEPT_FRAMES = [0, 5, 10, 15]
+HEIGHT, WIDTH, FRAMES, STEPS = 64, 128, 16, 6
+PAN = 0.1  # picture heights a frame
+CLIP, BUDGET = 4, 2  # frames a clip, so that there are 4 keyframes; tokens of half of them are kept
+TILE = 8  # pixels
 
 
 def weights_hash() -> str:
@@ -17,9 +18,9 @@ def weights_hash() -> str:
     return hashlib.sha256((ROOT / "demo_model" / "weights.safetensors").read_bytes()).hexdigest()
 
 
-def grid_means(images: Tensor) -> Tensor:
-    """Mean colours over a coarse grid, (frames, 3, 8, 16), of images (frames, height, width, 3)."""
-    return torch.nn.functional.adaptive_avg_pool2d(images.movedim(-1, 1), GRID)
+def tile_means(images: Tensor) -> Tensor:
+    """Mean colours of small tiles, (frames, 3, 8, 16), of images (frames, height, width, 3)."""
+    return torch.nn.functional.avg_pool2d(images.movedim(-1, 1), TILE)
 
 
 def prompt(clip, text: str):
@@ -27,7 +28,7 @@ def prompt(clip, text: str):
 
 
 def picture(model, clip, vae) -> Tensor:
-    """Grid means of a picture drawn from noise."""
+    """Tile means of a picture drawn from noise."""
     import comfy.sample
     import comfy.samplers
 
@@ -38,24 +39,35 @@ def picture(model, clip, vae) -> Tensor:
     latent = comfy.sample.sample_custom(
         model, noise, 4.0, euler, sigmas, wanted, prompt(clip, ""), empty, disable_pbar=True, seed=0
     )
-    return grid_means(vae.decode(latent))[0]
+    return tile_means(vae.decode(latent))[0]
 
 
 class DemoEdit:
-    """Sixteen frames of the demo world, inverted, and what becomes of them when a red boat is to be blue."""
+    """Sixteen frames of the demo world, inverted, and what becomes of them when a red boat is to be blue, and painted.
+
+    The camera pans fast, so that tokens move from frame to frame, and each keyframe attends to half of all tokens.
+    """
 
     def __init__(self, model, clip, vae):
-        from adaflow_pack.adaflow.demo import Clip
-        from graph import Graph, select
+        from adaflow_pack.adaflow.demo import Clip, Scene, Shot
+        from graph import Graph
 
-        source = Clip.random(11, FRAMES, 2, kind="boat", colour="red", season="summer", time="day", style="photo")
+        scene = Scene(11, kind="boat", colour="red", season="summer", time="day", style="photo")
+        pan = Shot(scene, FRAMES, camera=-PAN * (FRAMES - 1) / 2, speed=PAN * Clip.fps + scene.velocity, clock=0.0)
+        source = Clip((pan,))
         images = source.render(0, FRAMES, HEIGHT, WIDTH).images.movedim(1, -1)
         self.vae = vae
         self.graph = Graph(latent=vae.encode(images), steps=STEPS, model=model, source=prompt(clip, source.caption()))
-        self.graph.positive = prompt(clip, source.edited(colour="blue").caption())
+        self.graph.positive = prompt(clip, source.edited(colour="blue", style="watercolour").caption())
         self.graph.negative = prompt(clip, "")
-        self.plan = select(self.graph.descriptors, mean=-1.0, window=-1.0, max_clip=4, mode="fixed")
 
-    def run(self, **changes) -> Tensor:
-        """Grid means of four of the frames, (4, 3, 8, 16)."""
-        return grid_means(self.vae.decode(self.graph.edit(self.plan, cfg=4.0, **changes)[KEPT_FRAMES]))
+    def plan(self):
+        """A plan that has matched and selected nothing yet."""
+        from graph import select
+
+        return select(self.graph.descriptors, mean=-1.0, window=-1.0, max_clip=CLIP)
+
+    def run(self, budget: int = BUDGET, **changes) -> Tensor:
+        """Tile means of all frames, (16, 3, 8, 16)."""
+        edited = self.graph.edit(self.plan(), model=self.graph.slim(budget), cfg=4.0, **changes)
+        return tile_means(self.vae.decode(edited))
