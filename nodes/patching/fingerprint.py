@@ -144,6 +144,9 @@ class _Hasher:
             return
         self._classes.add(kind)
         for base in kind.__mro__:
+            if base.__module__.partition(".")[0] == "torch":  # which changes nn.Module once it has compiled something
+                self._text("torch's", torch.__version__, base.__qualname__)
+                continue
             for name, member in sorted(vars(base).items()):
                 if isinstance(member, property):
                     member = member.fget

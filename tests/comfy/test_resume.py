@@ -16,12 +16,13 @@ from adaflow_pack.adaflow.storage import save_tensor
 from adaflow_pack.nodes.common import resumable_run
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from adaflow_pack.nodes.patching import resume
-from adaflow_pack.nodes.patching.fingerprint import fingerprint, model_fingerprint
+from adaflow_pack.nodes.patching.fingerprint import fingerprint, model_fingerprint, vae_fingerprint
 from adaflow_pack.nodes.patching.preview import NodeText
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
 from broken_runs import ENDS, Boom, boom, forwards
 from graph import AFRESH, Graph, select
 from models import clip_latent, small_model
+from small_vae import small_vae
 
 FRAMES, STEPS = 5, 4
 
@@ -196,6 +197,14 @@ def test_a_pack_whose_code_changed_is_another_one():
     assert len(set(prints)) == len(WRITTEN)
     moved = [fingerprint([patch_of("\n\n" + source)]) for source in WRITTEN]  # other lines do nothing
     assert moved == prints
+
+
+def test_what_pytorch_puts_on_its_own_classes_changes_no_fingerprint(monkeypatch):
+    """torch.compile replaces nn.Module's functions: a save would not be resumed by a process that compiled nothing."""
+    vae, own = small_vae(), torch.nn.Module.__init__
+    before = vae_fingerprint(vae)
+    monkeypatch.setattr(torch.nn.Module, "__init__", lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    assert vae_fingerprint(vae) == before
 
 
 def propagate(edit, resume="resume"):
