@@ -6,13 +6,28 @@ A process of its own: Triton decides when a kernel is defined whether to interpr
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import oracles
+import pytest
 import torch
 
 CASES = [(heads, channels, dtype) for heads, channels in ((2, 40), (2, 64), (3, 80), (1, 160)) for dtype in
          ("float16", "float32")]  # fmt: skip
+
+
+def interpreted(script: str) -> dict:
+    """What a script of this kind prints, by its name in this folder; skips where Triton cannot interpret."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton: torch's builds for NVIDIA GPUs on Linux bring it along")
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
+        pytest.skip("Triton before 3.7 cannot interpret loops with this numpy")
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
 
 
 def kernel_module(name: str):

@@ -3,32 +3,17 @@
 The interpreter multiplies bfloat16 wrongly, so that is left to the GPU.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from adaflow_pack.adaflow import attention
-from interpreted_kernel import CASES
+from interpreted_kernel import CASES, interpreted
 
 TOLERANCE = {"float16": 1e-3, "float32": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def errors(root):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no triton: torch's builds for NVIDIA GPUs on Linux bring it along")
-    script = root / "tests" / "unit" / "interpreted_kernel.py"
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
-        pytest.skip("Triton before 3.7 cannot interpret loops with this numpy")
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+def errors():
+    return interpreted("interpreted_kernel.py")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))

@@ -3,33 +3,19 @@
 The plain operations that take their place without a GPU are held against the same oracles.
 """
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import oracles
 import pytest
 import torch
 from adaflow_pack.adaflow import fused
+from interpreted_kernel import interpreted
 
 TOLERANCE = {"float16": 4e-4, "float32": 2e-5}
 COUNTS = {"group_norm": 6, "geglu": 3, "add": 2, "add_layer_norm": 4}
 
 
 @pytest.fixture(scope="module")
-def errors(root):
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no triton: torch's builds for NVIDIA GPUs on Linux bring it along")
-    script = root / "tests" / "unit" / "interpreted_fused.py"
-    run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    if "only 0-dimensional arrays can be converted to Python scalars" in run.stderr:
-        pytest.skip("Triton before 3.7 cannot interpret loops with this numpy")
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout)
+def errors():
+    return interpreted("interpreted_fused.py")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
