@@ -1,9 +1,11 @@
-"""Running out of memory in a stage that works block by block: what that is, and going on with smaller blocks."""
+"""Running out of memory in a stage that works block by block: what that is, and going on with smaller blocks; and
+copies to a device that nothing waits for."""
 
 import logging
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,13 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(
         words in str(error) for words in ("can't allocate memory", "out of memory")
     )
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor on ``device``; to a GPU it is copied when what was told to it before is done, and nobody waits."""
+    if device.type != "cuda" or values.is_cuda:
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from .correspondence import matching_dtype
 from .descriptors import Area, Descriptors, layer_sizes, resize_tokens
 from .keyframes import Clips, KeyframeDraws
 from .matching import BoundedCache, Matches, Size
-from .memory import Room
+from .memory import Room, to_device
 from .propagation import blend_weight
 from .slimming import select_kv_by_blocks
 
@@ -76,13 +76,12 @@ class KeyframePool:
 
     def _read(self, frame: int) -> Tensor:
         """Stored maps on the device, in float32; the copy to a GPU is not waited for."""
-        maps = self._descriptors.stored([frame], self._area)
-        if torch.device(self.device).type == "cuda":
-            maps = maps.contiguous().pin_memory().to(self.device, non_blocking=True)
+        maps = to_device(self._descriptors.stored([frame], self._area).contiguous(), torch.device(self.device))
+        if maps.is_cuda:
             self._copies.append(torch.cuda.current_stream(self.device).record_event())
             if len(self._copies) > COPIES:
                 self._copies.popleft().synchronize()
-        return maps.to(self.device).float()
+        return maps.float()
 
     def _drop_to(self, most: int) -> None:
         """Drop frames that no keyframe of the step needs, then, if more than ``self._most`` is held, others."""

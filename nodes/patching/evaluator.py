@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...adaflow.estimate import Pace, UNetSizes
-from ...adaflow.memory import is_out_of_memory
+from ...adaflow.memory import is_out_of_memory, to_device
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import lockstep
@@ -31,7 +31,7 @@ from .passes import (
     SourcePropagationPass,
     StepState,
 )
-from .shelf import Shelf, to_device
+from .shelf import Shelf
 from .taps import tapped, with_pass
 from .windows import slice_conds
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ...adaflow.attention import extended_attention, frame_attention
 from ...adaflow.descriptors import Area
+from ...adaflow.memory import to_device
 from ...adaflow.plan import EditPlan, Propagation
 from ...adaflow.propagation import gather_outputs, output_rows
 from .compiled import BlockCompiler
 from .families import UNetFamily
 from .lockstep import Exchange
-from .shelf import Shelf, to_device
+from .shelf import Shelf
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
 
 

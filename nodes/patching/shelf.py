@@ -1,5 +1,4 @@
-"""Where activations of the keyframes wait between the passes of a step, on the device or in host memory; and copies
-between the two that nothing waits for."""
+"""Where activations of the keyframes wait between the passes of a step: on the device, or in host memory."""
 
 from collections.abc import Hashable
 
@@ -8,13 +7,6 @@ from torch import Tensor
 
 AHEAD = 2  # requests whose rows are brought before they are made: both branches of the next layer
 Rows = tuple[Hashable, int, int]
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor on ``device``; to a GPU it is copied when what was told to it before is done, and nobody waits."""
-    if device.type != "cuda" or values.is_cuda:
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Shelf:
