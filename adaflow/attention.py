@@ -6,7 +6,6 @@ attention that of PyTorch's own choice where ``CUDNN_FASTER`` says so.
 """
 
 import functools
-import logging
 import os
 
 import torch
@@ -15,9 +14,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-logger = logging.getLogger(__name__)
+from .kernels import kernels_run
+
 BACKEND_VARIABLE = "ADAFLOW_ATTENTION"  # "sdpa", "cudnn" or "triton", for benchmarks and tests: overrules the tables
-GATHER_BYTES = 256 << 20  # of kept keys and values that are copied together: of as many query frames as fit
+GATHER_BYTES = 128 << 20  # of kept keys and values that are copied together: of as many query frames as fit
 # Compute capability -> channels of a head -> numbers of a layer's tokens at which benchmarks/attention.py found the
 # kernel to be faster, at 20 keyframes' worth of keys and values.
 KERNEL_FASTER: dict[tuple[int, int], dict[int, range]] = {(9, 0): {64: range(1, 1009)}}
@@ -104,25 +104,23 @@ def _backend(q: Tensor, heads: int) -> str:
 @functools.cache
 def _cudnn_works(device: torch.device) -> bool:
     """Whether PyTorch can be told to try cuDNN first, and it runs there; if not, a message says why, once."""
-    try:
+
+    def probe() -> None:  # no cuDNN for it; a PyTorch before 2.6 knows no priority
         tokens = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device=device)
         with sdpa_kernel(CUDNN_FIRST[:1], set_priority=True):
             F.scaled_dot_product_attention(tokens, tokens, tokens)
-    except (RuntimeError, TypeError) as error:  # no cuDNN for it; a PyTorch before 2.6 knows no priority
-        logger.warning("AdaFlow: cuDNN's attention does not run here, PyTorch chooses: %s", error)
-        return False
-    return True
+
+    return kernels_run(probe, "cuDNN's attention does not run here, PyTorch chooses")
 
 
 @functools.cache
 def _kernel_works(device: torch.device) -> bool:
     """Whether the kernel compiles and runs there; if not, a message says why, once."""
-    try:
+
+    def probe() -> None:
         from .attention_triton import slim_attention
 
         tokens = torch.zeros(1, 16, 64, dtype=torch.float16, device=device)
         slim_attention(tokens, tokens, tokens, 1, torch.zeros(1, 16, dtype=torch.int32, device=device))
-    except Exception as error:  # no Triton, no C compiler for it, a GPU that it does not know
-        logger.warning("AdaFlow: the attention kernel does not run here, PyTorch's own is used: %s", error)
-        return False
-    return True
+
+    return kernels_run(probe, "the attention kernel does not run here, PyTorch's own is used")

@@ -5,13 +5,13 @@ GroupNorm does not. On a GPU these are Triton kernels (``fused_triton.py``), els
 """
 
 import functools
-import logging
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from .kernels import kernels_run
+
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -86,7 +86,8 @@ def add_layer_norm(
 @functools.cache
 def kernels_work(device: torch.device) -> bool:
     """Whether the kernels compile and run there; if not, a message says why, once."""
-    try:
+
+    def probe() -> None:
         from . import fused_triton
 
         x, ones = torch.zeros(1, 16, 64, dtype=torch.float16, device=device), torch.ones(64, device=device)
@@ -94,7 +95,5 @@ def kernels_work(device: torch.device) -> bool:
         fused_triton.add(x, x, ones)
         fused_triton.geglu(x)
         fused_triton.add_layer_norm(x, x, ones, ones, 1e-5)
-    except Exception as error:  # no Triton, no C compiler for it, a GPU that it does not know
-        logger.warning("AdaFlow: its kernels for norms do not run here, the UNet's blocks run as they are: %s", error)
-        return False
-    return True
+
+    return kernels_run(probe, "its kernels for norms do not run here, the UNet's blocks run as they are")

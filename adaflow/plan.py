@@ -17,7 +17,6 @@ from .slimming import select_kv_by_blocks
 
 POOL_BYTES = 1 << 30  # of keyframes' descriptors held while tokens are selected; on a GPU a quarter of what is free
 BLOCK_BYTES = 128 << 20  # of them in float32 that are compared in one go
-RESIDENT_BYTES = 256 << 20  # of them that stay on the device from one step to the next
 COPIES = 16  # of a keyframe's maps to a GPU that may be on their way, each in pinned memory
 KEPT_BYTES = 256 << 20  # of kept tokens that stay on the device; those of the last step always do
 
@@ -26,6 +25,7 @@ class KeyframePool:
     """Descriptors of keyframes at every resolution, as they are compared: some stay on the device.
 
     Those that stay are the first ones asked for, not the last ones: selection goes through all of them again and again.
+    Between steps none does, since most steps draw other keyframes.
 
     Attributes:
         size: (height, width) of the latent, or of the part of it that is worked on.
@@ -35,7 +35,7 @@ class KeyframePool:
     def __init__(self, descriptors: Descriptors, area: Area | None, device: torch.device | str):
         self._descriptors, self._area, self.device = descriptors, area, device
         self._held: dict[int, list[Tensor]] = {}
-        self._most, self._wanted, self._copies = 0, frozenset(), deque()
+        self._most, self._copies = 0, deque()
         self.size = descriptors.size if area is None else area[:2]
         self.sizes = layer_sizes(*self.size)
 
@@ -54,10 +54,11 @@ class KeyframePool:
         tokens = sum(height * width for height, width in self.sizes)
         return tokens * self._descriptors.shape[1] * matching_dtype(self.device).itemsize
 
-    def hold(self, keyframes: tuple[int, ...], most: int) -> None:
-        """From now on hold ``keyframes``, before any others that are held, in at most so many bytes."""
-        self._most, self._wanted = most, frozenset(keyframes)
-        self._drop_to(most)
+    def hold(self, most: int) -> None:
+        """From now on hold at most so many bytes."""
+        self._most = most
+        while self._held and self.held_bytes > most:
+            self._held.popitem()
 
     def tokens(self, frames: tuple[int, ...], level: int) -> Tensor:
         """(frames, tokens, channels) at one resolution, counted from the finest."""
@@ -66,7 +67,6 @@ class KeyframePool:
     def _tokens(self, frame: int, level: int) -> Tensor:
         if frame in self._held:
             return self._held[frame][level]
-        self._drop_to(self._most - self.frame_bytes)
         maps = self._read(frame)
         dtype = matching_dtype(self.device)
         if self.held_bytes + self.frame_bytes > self._most:
@@ -82,15 +82,6 @@ class KeyframePool:
             if len(self._copies) > COPIES:
                 self._copies.popleft().synchronize()
         return maps.float()
-
-    def _drop_to(self, most: int) -> None:
-        """Drop frames that no keyframe of the step needs, then, if more than ``self._most`` is held, others."""
-        for frame in [frame for frame in self._held if frame not in self._wanted]:
-            if self.held_bytes <= most:
-                return
-            del self._held[frame]
-        while self._held and self.held_bytes > self._most:
-            self._held.popitem()
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,6 @@ class EditPlan:
     device: torch.device | str = "cpu"
     _matches: Matches = field(init=False, repr=False)
     _kept: BoundedCache = field(init=False, repr=False)
-    _pools: dict[Area | None, KeyframePool] = field(init=False, repr=False)
     _room: Room = field(init=False, repr=False)
     _draws: dict[int, tuple[int, ...]] = field(init=False, repr=False)
 
@@ -139,7 +129,7 @@ class EditPlan:
             raise ValueError(f"clips of {self.clips.frames} frames, descriptors of {self.descriptors.frames}")
         self.draws.check(self.clips)
         self._matches = Matches(self.descriptors, self.clips, self.cache_bytes, self.device)
-        self._kept, self._pools, self._draws = BoundedCache(min(KEPT_BYTES, self.cache_bytes)), {}, {}
+        self._kept, self._draws = BoundedCache(min(KEPT_BYTES, self.cache_bytes)), {}
         self._room = Room(held=POOL_BYTES, block=BLOCK_BYTES)
 
     @property
@@ -225,18 +215,15 @@ class EditPlan:
         return kept.split(counts)[sizes.index(size)].view(len(keyframes), -1)
 
     def release(self) -> None:
-        """Give back the device's memory; descriptors and kept tokens are made again when asked for."""
-        self._kept, self._pools = BoundedCache(self._kept.max_bytes), {}
+        """Give back the device's memory; kept tokens are made again when asked for."""
+        self._kept = BoundedCache(self._kept.max_bytes)
 
     def _select(self, keyframes: tuple[int, ...], budget: int, area: Area | None) -> Tensor:
         """The tokens kept at every resolution, one after the other in a row.
 
         Out of memory, it starts again with fewer keyframes at a time.
         """
-        pool = self._pools.get(area)
-        if pool is None or pool.device != self.device:
-            pool = KeyframePool(self.descriptors, area, self.device)
-        self._pools = {area: pool}  # of other areas nothing stays
+        pool = KeyframePool(self.descriptors, area, self.device)
         while True:
             try:
                 return self._select_by_blocks(pool, keyframes, budget)
@@ -244,11 +231,9 @@ class EditPlan:
                 height, width = pool.size
                 doing = f"to select tokens of {len(keyframes)} keyframes of {width}x{height} tokens"
                 self._room.shrink(error, pool.row_bytes, len(keyframes), doing)
-            finally:
-                pool.hold((), min(RESIDENT_BYTES, self._room.held))
 
     def _select_by_blocks(self, pool: KeyframePool, keyframes: tuple[int, ...], budget: int) -> Tensor:
-        pool.hold(keyframes, self._held_bytes(pool, len(keyframes)))
+        pool.hold(self._held_bytes(pool, len(keyframes)))
         block, finest, found = self._room.rows(pool.row_bytes, len(keyframes)), pool.size[0] * pool.size[1], []
         for level, (height, width) in enumerate(pool.sizes):
             group = finest // (height * width)  # products are as large as the finest resolution's

@@ -1,11 +1,13 @@
 """Adaptive Attention Slimming: which keys and values a keyframe attends to under a budget (arXiv 2502.05433, 3.3)."""
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .correspondence import best_cosines
+from .kernels import kernels_run
 
 PRODUCT_TOKENS = 4096  # of each side of a product, if keyframes are compared in groups
 
@@ -108,12 +110,19 @@ def select_kv_by_blocks(
 def _rate(first: Tensor, second: Tensor, group: int, of_second: Tensor | None, of_first: Tensor | None) -> None:
     """Rate the tokens of two blocks of keyframes, or of one among themselves, group by group.
 
+    Where the kernel for it runs, all at once.
+
     Args:
         first, second: descriptors of the earlier and of the later block, or twice the same tensor.
         of_second: gets the importance of second's tokens to each of first, (first, second, tokens).
         of_first: that of first's tokens to each of second, (second, first, tokens).
     """
     same = first is second
+    if first.dtype == torch.float16 and _kernel_works(first.device):
+        from .slimming_triton import rate
+
+        rate(first, second, of_second, of_first)
+        return
     for a in range(0, len(first), group):
         rows = slice(a, a + group)
         for b in range(a if same else 0, len(second), group):
@@ -125,3 +134,19 @@ def _rate(first: Tensor, second: Tensor, group: int, of_second: Tensor | None, o
                 of_second[rows, columns] = for_second
             if of_first is not None and not (same and a == b):
                 of_first[columns, rows] = for_first
+
+
+@functools.cache
+def _kernel_works(device: torch.device) -> bool:
+    """Whether the kernel that rates tokens compiles and runs there; if not, a message says why, once."""
+
+    def probe() -> None:
+        from .slimming_triton import rate
+
+        tokens = torch.zeros(2, 16, 64, dtype=torch.float16, device=device)
+        rated = torch.empty(2, 2, 16, device=device)
+        rate(tokens, tokens, rated, rated)
+
+    if device.type != "cuda":
+        return False
+    return kernels_run(probe, "the kernel that rates tokens does not run here, products are made one by one")

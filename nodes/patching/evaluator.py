@@ -377,8 +377,9 @@ class _Evaluation:
             ]
         for conds in together:
             exchange, workers, row = lockstep.Exchange([len(frames) for frames in chunks]), [], 0
+            last = len(chunks) > 1 and conds is together[-1]  # then each chunk is one forward
             for number, frames in enumerate(chunks):
-                step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)))
+                step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)), last)
                 workers.append(partial(self._evaluate, conds, frames, step_pass))
                 row += len(frames)
             for frames, predictions in zip(chunks, lockstep.run_in_lockstep(workers), strict=True):

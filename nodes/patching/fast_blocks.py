@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...adaflow import fused
 
+WIDE_BYTES = 256 << 20  # of a feed forward's widest activation
 VARIABLE = "ADAFLOW_BLOCKS"  # "own" or "fast", for benchmarks and tests: overrules the choice by device
 BLOCK_PATCHES = {
     "attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch",
@@ -201,14 +202,19 @@ def _inner(inner: BasicTransformerBlock, x: Tensor, context, options: dict, atte
         attended = inner.attn1(inner.norm1(x), context=None, value=None, **passed)
     x, n = _add_layer_norm(inner.norm2, x, attended)
     x, n = _add_layer_norm(inner.norm3, x, inner.attn2(n, context=context, value=None, **passed))
-    return _feed_forward(inner.ff, n) + x
+    return _add_feed_forward(inner.ff, n, x)
 
 
 def _add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return fused.add_layer_norm(x, y.to(x.dtype), *_weights(norm, x), norm.eps)
 
 
-def _feed_forward(ff: nn.Module, x: Tensor) -> Tensor:
+def _add_feed_forward(ff: nn.Module, n: Tensor, x: Tensor) -> Tensor:
+    """``ff(n) + x``, written over ``x``; of some images at a time, since the widest activations are in there."""
     if not (_is(ff, FeedForward) and _is(ff.net, nn.Sequential) and len(ff.net) == 3 and _is(ff.net[0], GEGLU)):
-        return ff(x)
-    return ff.net[2](ff.net[1](fused.geglu(ff.net[0].proj(x))))
+        return ff(n) + x
+    (gated, dropout, narrow), wide = ff.net, ff.net[0].proj.out_features
+    together = max(1, WIDE_BYTES // (n.shape[1] * wide * n.element_size()))
+    for images, rest in zip(n.split(together), x.split(together), strict=True):
+        rest += narrow(dropout(fused.geglu(gated.proj(images))))
+    return x

@@ -119,23 +119,27 @@ class EditJointPass(UNetPass):
         exchange: shared by the chunks of one joint pass.
         chunk: number of this chunk.
         rows: keyframes of this chunk.
+        last: whether no forward after this one takes what was captured of this chunk's source.
     """
 
-    def __init__(self, state: StepState, exchange: Exchange, chunk: int, rows: slice):
-        self.state, self.exchange, self.chunk, self.rows = state, exchange, chunk, rows
+    def __init__(self, state: StepState, exchange: Exchange, chunk: int, rows: slice, last: bool = False):
+        self.state, self.exchange, self.chunk, self.rows, self.last = state, exchange, chunk, rows, last
 
     def given_feature(self, call: UNetCall) -> Tensor | None:
-        if not self.state.injection.conv:
-            return None
-        areas = [self.state.areas[branch] for branch in call.branches]
-        return torch.cat([self.state.shelf.chunk(("conv", area), self.chunk) for area in areas])
+        return torch.cat(self._captured(call, "conv")) if self.state.injection.conv else None
+
+    def _captured(self, call: UNetCall, kind: str, *layer: Layer) -> list[Tensor]:
+        """What :class:`SourceJointPass` captured of this chunk, for each branch."""
+        keys = [(kind, self.state.areas[branch], *layer) for branch in call.branches]
+        captured = [self.state.shelf.chunk(key, self.chunk) for key in keys]
+        if self.last:
+            for key in set(keys):
+                self.state.shelf.forget(key, self.chunk)
+        return captured
 
     def self_attention(self, call, layer, attn, x, context, value):
         state, size = self.state, call.layer_size(x.shape[1])
         injected = state.injects_attention(layer)
-
-        def of_source(kind: str) -> list[Tensor]:
-            return [state.shelf.chunk((kind, state.areas[branch], layer), self.chunk) for branch in call.branches]
 
         def publish(kind: str, parts) -> None:
             for branch, part in zip(call.branches, parts, strict=True):
@@ -147,12 +151,15 @@ class EditJointPass(UNetPass):
         def split(projected: Tensor) -> tuple[Tensor, ...]:
             return projected.chunk(len(call.branches))
 
-        publish("k", of_source("key") if injected else split(attn.to_k(x if context is None else context)))
+        def own_keys() -> tuple[Tensor, ...]:
+            return split(attn.to_k(x if context is None else context))
+
+        publish("k", self._captured(call, "key", layer) if injected else own_keys())
         publish("v", split(attn.to_v(_first(value, context, x))))
         self.exchange.meet()
         keys, values = taken("k"), taken("v")
         # made last: while other chunks are waited for, every chunk would hold its own
-        queries = of_source("query") if injected else split(attn.to_q(x))
+        queries = self._captured(call, "query", layer) if injected else split(attn.to_q(x))
         outs = []
         for branch, *qkv in zip(call.branches, queries, keys, values, strict=True):
             kept = state.plan.kept(state.keyframes, state.budget, size, state.areas[branch])

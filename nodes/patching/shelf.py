@@ -39,6 +39,10 @@ class Shelf:
         """One chunk, on the device."""
         return self._parts[key][number].to(self.device, non_blocking=True)
 
+    def forget(self, key: Hashable, number: int) -> None:
+        """Drop one chunk; no rows of that key can be asked for afterwards."""
+        self._parts[key][number] = None
+
     def rows(self, key: Hashable, start: int, stop: int) -> Tensor:
         """Frames ``start`` to ``stop`` of all chunks together, on the device."""
         parts = self._parts[key]

@@ -61,12 +61,16 @@ def test_res_blocks_equal_their_own_forward(shape, channels_last):
             assert oracles.relative_error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("together", [1, 2, 3])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("shape", ["sd1", "sd2", "sdxl"])
-def test_transformers_equal_their_own_forward(shape, channels_last):
+def test_transformers_equal_their_own_forward(shape, channels_last, together, monkeypatch):
+    """With the feed forward of so many images at a time."""
     with torch.inference_mode():
         for block in blocks_of(small_model(shape), SpatialTransformer):
             x, context = torch.randn(3, block.in_channels, 5, 7), torch.randn(3, 7, 24)
+            wide = block.transformer_blocks[0].ff.net[0].proj.out_features
+            monkeypatch.setattr(fast_blocks, "WIDE_BYTES", together * 35 * wide * 4)
             expected = block(x, context, {})
             x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
             found = fast_blocks.run(block, refuse, (x, context, {}), nothing_given)

@@ -68,6 +68,29 @@ def test_tokens_matched_in_half_precision_are_as_near_as_the_nearest():
     assert lost < 1e-3
 
 
+@pytest.mark.parametrize("frames, tokens, channels", [(3, 4032, 640), (9, 1001, 640), (40, 63, 320), (5, 252, 1000)])
+def test_the_kernel_that_rates_tokens_equals_the_oracle(frames, tokens, channels):
+    from adaflow_pack.adaflow.slimming_triton import rate
+
+    maps = torch.randn(frames + 2, tokens, channels, device="cuda") + 0.3 * torch.randn(channels, device="cuda")
+    maps = torch.nn.functional.normalize(maps, dim=-1).half()
+    first, second = maps[:frames], maps[frames:]
+    of_second, of_first = (maps.new_empty(*n, tokens, dtype=torch.float32) for n in ((frames, 2), (2, frames)))
+    rate(first, second, of_second, of_first)
+    among = of_second.new_empty(frames, frames, tokens)
+    rate(first, first, among, among)
+    errors = []
+    for i in range(frames):
+        rated = oracles.importance(maps.double(), i)
+        errors.append(oracles.relative_error(of_second[i], rated[frames:]))
+        others = [frame for frame in range(frames) if frame != i]
+        errors.append(oracles.relative_error(among[i, others], rated[others]))
+    for j in range(2):
+        errors.append(oracles.relative_error(of_first[j], oracles.importance(maps.double(), frames + j)[:frames]))
+    RESULTS[f"kernel that rates tokens, {frames} frames of {tokens} tokens, {channels} channels"] = max(errors)
+    assert max(errors) < 1e-5
+
+
 @pytest.mark.parametrize("heads, channels", [(8, 40), (5, 64), (8, 80), (8, 160)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_the_attention_kernel_equals_the_oracle(dtype, tolerance, heads, channels):

@@ -25,7 +25,7 @@ COMFY_FOR_NODES = {
     "node_helpers",
 }
 # Each module of adaflow/ and those it may import: helpers that anyone may use, then the method from the bottom up.
-ANYONE = {"errors", "memory", "storage", "runs"}
+ANYONE = {"errors", "kernels", "memory", "storage", "runs"}
 ORDER = [
     {"ddim"},
     {"trajectory"},
@@ -33,7 +33,7 @@ ORDER = [
     {"correspondence"},
     {"keyframes"},
     {"matching"},
-    {"slimming"},
+    {"slimming", "slimming_triton"},
     {"attention", "attention_triton"},
     {"fused", "fused_triton"},
     {"propagation"},

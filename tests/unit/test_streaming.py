@@ -76,7 +76,7 @@ def test_selecting_tokens_takes_a_pool_of_limited_size(short_and_long):
 
     def select(descriptors, keyframes, pool_bytes):
         pool = KeyframePool(descriptors, None, "cpu")
-        pool.hold(keyframes, pool_bytes)
+        pool.hold(pool_bytes)
         select_kv_by_blocks(lambda rows: pool.tokens(keyframes[rows.start : rows.stop], 0), len(keyframes), 2, 4)
 
     _, descriptors = short_and_long
