@@ -1,6 +1,8 @@
-"""Running out of memory in a stage that works block by block: what that is, and going on with smaller blocks; and
-copies to a device that nothing waits for."""
+"""Running out of memory in a stage that works block by block: what that is, and going on with smaller blocks; memory
+that is free but not given back; and copies to a device that nothing waits for."""
 
+import contextlib
+import ctypes
 import logging
 from dataclasses import dataclass
 
@@ -19,6 +21,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or any(
         words in str(error) for words in ("can't allocate memory", "out of memory")
     )
+
+
+def give_back_ram() -> None:
+    """Have the C library give what is free in its heap back to the system, where it can (glibc).
+
+    Of activations that come and go around others that stay, as those of keyframes do, it else keeps the most there was.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; Windows has no name for it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ from ...adaflow.trajectory import Trajectory
 from . import lockstep
 from .compiled import BlockCompiler
 from .families import UNetFamily
-from .memory import halved, has_host, unet_sizes
+from .memory import give_back, halved, has_host, unet_sizes
 from .passes import (
     EditJointPass,
     EditPropagationPass,
@@ -382,7 +382,8 @@ class _Evaluation:
                 step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)), last)
                 workers.append(partial(self._evaluate, conds, frames, step_pass))
                 row += len(frames)
-            for frames, predictions in zip(chunks, lockstep.run_in_lockstep(workers), strict=True):
+            finished = lockstep.run_in_lockstep(workers, partial(give_back, self.x.device))
+            for frames, predictions in zip(chunks, finished, strict=True):
                 self._store(out, frames, predictions, conds)
 
     def _propagate(self, left: list[int], count: int, size: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from ...adaflow.estimate import Pace, inversion_needs
 from ...adaflow.trajectory import TrajectoryWriter
 from .evaluator import Ahead, auto_chunk, prompts_on_device
 from .families import UNetFamily, unet_family
-from .memory import announce, chunk_to_go_on_with, halved, release_pinned, unet_sizes
+from .memory import announce, chunk_to_go_on_with, halved, release_unused, unet_sizes
 from .patch import PRELOAD_FRAMES, add_wrappers, limit_memory_estimate
 from .preview import NodeText
 from .taps import StopForward, UNetCall, UNetPass, run_unet, tapped, with_pass
@@ -190,7 +190,7 @@ def invert(
     try:
         return _sample(patched, conditioning, latent, sampler, inversion_sigmas(model_patcher, steps), callback)
     finally:
-        release_pinned(model_patcher.load_device)
+        release_unused(model_patcher.load_device)
 
 
 def extract_descriptors(
@@ -245,7 +245,7 @@ def extract_descriptors(
     try:
         _sample(inference.patch(model_patcher), conditioning, latent, sampler, [sigma, 0.0])
     finally:
-        release_pinned(model_patcher.load_device)
+        release_unused(model_patcher.load_device)
 
 
 def _announce(model_patcher, inference: ChunkedInference, latent: Tensor, work: str, where: str, text: NodeText):

@@ -24,8 +24,8 @@ def available() -> bool:
     return greenlet is not None
 
 
-def run_in_lockstep(workers: list[Callable[[], T]]) -> list[T]:
-    """Run workers in turn, each up to its next pause, until all have returned.
+def run_in_lockstep(workers: list[Callable[[], T]], between: Callable[[], None] = lambda: None) -> list[T]:
+    """Run workers in turn, each up to its next pause, until all have returned; ``between`` whenever all have paused.
 
     An exception of one ends the others where they paused, with their ``finally`` blocks run, and is raised here.
     """
@@ -40,6 +40,7 @@ def run_in_lockstep(workers: list[Callable[[], T]]) -> list[T]:
             for index, thread in enumerate(threads):
                 if not thread.dead:
                     results[index] = thread.switch()
+            between()
     finally:
         for thread in threads:
             if not thread.dead:

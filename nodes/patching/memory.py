@@ -7,7 +7,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
 from ...adaflow.estimate import Attention, Needs, UNetSizes, describe, refuse_too_large
-from ...adaflow.memory import SmallestBlockError, is_out_of_memory
+from ...adaflow.memory import SmallestBlockError, give_back_ram, is_out_of_memory
 from .families import UNetFamily
 from .preview import NodeText
 from .taps import self_attentions
@@ -77,8 +77,15 @@ def better_on_host(waiting: int, device: torch.device) -> bool:
     return has_host(device) and waiting > HOST_SHARE * free_memory(device)["GPU memory"]
 
 
-def release_pinned(device: torch.device) -> None:
-    """Give back the pinned buffers that PyTorch keeps for copies to and from ``device``, once those are done."""
+def give_back(device: torch.device) -> None:
+    """Give back RAM that is free and kept, where ``device`` computes in RAM; on others PyTorch keeps its own."""
+    if not has_host(device):
+        give_back_ram()
+
+
+def release_unused(device: torch.device) -> None:
+    """:func:`give_back`, and the pinned buffers that PyTorch keeps for copies to and from ``device``, once done."""
+    give_back(device)
     release = getattr(torch._C, "_host_emptyCache", None)  # has no public name yet
     if device.type == "cuda" and release is not None:
         torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from ...adaflow.trajectory import Trajectory
 from .compiled import BlockCompiler
 from .evaluator import EditEvaluator, EditSettings, auto_chunk
 from .families import UNetFamily, model_signature, unet_family
-from .memory import announce, better_on_host, release_pinned, unet_sizes
+from .memory import announce, better_on_host, release_unused, unet_sizes
 from .preview import NodeText
 from .slim import SLIM_KEY, SlimSettings
 from .taps import run_unet
@@ -120,7 +120,7 @@ class EditPatch:
             if compiler is not None:
                 compiler.close()
             self.plan.release()
-            release_pinned(noise.device)
+            release_unused(noise.device)
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """Hand an evaluation to the run in progress."""
