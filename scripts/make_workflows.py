@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from demo_clip import DEMO_SETTINGS, DEMO_STEPS, demo_clip
+from demo_clip import DEMO_STEPS, demo_clip, demo_settings
 from workflow_api import default_value, input_specs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,14 +259,15 @@ def demo_edit(object_info: dict) -> Workflow:
         "## Try it: no checkpoint, no clip\n"
         "Run. A red car, drawn by AdaFlow Demo Clip, becomes blue, with the small model that comes with this pack; on "
         "a CPU it takes some minutes.\n\n"
-        "Then change a word of what it shall show: *green*, *in winter*, *at night*, *a watercolour of*. For your own "
+        "Then change a word of what it shall show: *green*; or, with cfg at 4 and both shares at 0.8, *in winter*, "
+        "*at night*, *a watercolour of*: what changes the whole scene wants more guidance. For your own "
         "clip put AdaFlow Load Video and Load Checkpoint in place of the two nodes here, as in the basic edit."
     )
     parts.demo_prompts()
     parts.invert(DEMO_STEPS)
     parts.joint(DEMO_STEPS, parts.positive.out("CONDITIONING"), parts.negative.out("CONDITIONING"))
     for node in (parts.keyframes, parts.edit):
-        node.widgets |= DEMO_SETTINGS[node.kind]
+        node.widgets |= demo_settings("colour")[node.kind]
     flow = parts.flow
     flow.column("5. Edit every frame, save", 360)
     latent = flow.add("AdaFlowTokenPropagate", None, {"edit": parts.edit.out("edit")})

@@ -23,7 +23,7 @@ from comfy_client import (
     ServerProcess,
     unlink_pack,
 )
-from demo_clip import ATTRIBUTES, DEMO_SETTINGS, DEMO_STEPS, demo_clip, render
+from demo_clip import ATTRIBUTES, DEMO_STEPS, demo_clip, demo_settings, render
 from demo_sheet import contact_sheet
 from setup_env import cache_folder, say
 from workflow_api import Prompt, WorkflowError, find_nodes, set_input, swap_node, upstream, workflow_to_api
@@ -132,7 +132,7 @@ def build_prompt(workflow: dict, object_info: dict, args: argparse.Namespace, vi
         set_input(prompt, "CheckpointLoaderSimple", "ckpt_name", checkpoint)
     else:
         swap_node(prompt, "CheckpointLoaderSimple", "AdaFlowLoadDemoModel", {})
-        for name, settings in DEMO_SETTINGS.items():
+        for name, settings in demo_settings(*args.changes).items():
             for key, value in settings.items():
                 set_input(prompt, name, key, value)
     if not set_input(prompt, "AdaFlowLoadVideo", "file", video):
