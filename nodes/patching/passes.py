@@ -122,7 +122,7 @@ class EditJointPass(UNetPass):
         last: whether no forward after this one takes what was captured of this chunk's source.
     """
 
-    def __init__(self, state: StepState, exchange: Exchange, chunk: int, rows: slice, last: bool = False):
+    def __init__(self, state: StepState, exchange: Exchange, chunk: int, rows: slice, last: bool):
         self.state, self.exchange, self.chunk, self.rows, self.last = state, exchange, chunk, rows, last
 
     def given_feature(self, call: UNetCall) -> Tensor | None:
