@@ -13,6 +13,7 @@ from .errors import require
 
 LATENT_VALUE = 4  # bytes: sampling is in float32
 FORWARD_MAPS = 20  # of the largest layer that a frame's forward holds at its peak, skip connections included
+FAST_FORWARD_MAPS = 12  # the same with fused norms and feed forwards in slices
 EDIT_LATENTS, INVERSION_LATENTS = 9, 8  # copies of the clip's latent that sampling holds on the device
 RAM_LATENTS = 4  # copies of it in RAM: the node's input and result, and what is being written
 PIXEL_COPIES = 3  # of a chunk of frames in RAM: from the VAE, as float32, as they are coded
@@ -65,6 +66,7 @@ class UNetSizes:
         conv: (level, channels) of the feature that is injected.
         value_bytes: bytes of one activation.
         weight_bytes: bytes of all weights.
+        forward_maps: as :data:`FORWARD_MAPS`.
     """
 
     attentions: tuple[Attention, ...]
@@ -72,6 +74,7 @@ class UNetSizes:
     conv: tuple[int, int]
     value_bytes: int
     weight_bytes: int
+    forward_maps: int = FORWARD_MAPS
 
     def _tokens(self, size: tuple[int, int]) -> list[int]:
         levels = 1 + max(level for level, _ in self.skips)
@@ -80,7 +83,7 @@ class UNetSizes:
     def frame_bytes(self, size: tuple[int, int]) -> int:
         """Peak of one frame's forward in one branch, for a latent of (height, width)."""
         tokens = self._tokens(size)
-        return FORWARD_MAPS * self.value_bytes * max(tokens[level] * channels for level, channels in self.skips)
+        return self.forward_maps * self.value_bytes * max(tokens[level] * channels for level, channels in self.skips)
 
     def keyframe_bytes(self, size: tuple[int, int], branches: int, injecting: bool) -> Amount:
         """What one keyframe leaves on the device for the whole of a step: attention outputs, injected features.
@@ -149,9 +152,14 @@ def edit_needs(
     keyframe = unet.keyframe_bytes(size, branches, injecting)
     forward = Amount(0, unet.weight_bytes + min(chunk, shape[0]) * branches * unet.frame_bytes(size))
     waiting = keyframes * keyframe.least
+    # on the host are skip connections too: in their stead what a chunk that waits holds, and the keys and values
     kept = Amount(0 if on_host else waiting, keyframes * keyframe.about - (waiting if on_host else 0))
     cached = Amount(0, min(CACHE_BYTES, shape[0] * 4 * size[0] * size[1]))
-    ram = _latents(shape, 2, RAM_LATENTS) + cached + (Amount(waiting, waiting) if on_host else Amount(0, 0))
+    ram = (
+        _latents(shape, 2, RAM_LATENTS)
+        + cached
+        + (Amount(waiting, keyframes * keyframe.about) if on_host else Amount(0, 0))
+    )
     return Needs(_latents(shape, 3 + branches, EDIT_LATENTS) + kept + forward, ram)
 
 

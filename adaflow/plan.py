@@ -214,6 +214,13 @@ class EditPlan:
         counts = [budget * len(keyframes) * height * width for height, width in sizes]
         return kept.split(counts)[sizes.index(size)].view(len(keyframes), -1)
 
+    def selection_bytes(self, keyframes: int) -> int:
+        """Of descriptors and importances, at the most, while so many keyframes' tokens are selected."""
+        pool = KeyframePool(self.descriptors, None, self.device)
+        finest = pool.size[0] * pool.size[1]
+        held = min(keyframes * pool.frame_bytes, self._held_bytes(pool, keyframes))
+        return held + 2 * self._room.block + 8 * keyframes * keyframes * finest
+
     def release(self) -> None:
         """Give back the device's memory; kept tokens are made again when asked for."""
         self._kept = BoundedCache(self._kept.max_bytes)

@@ -23,6 +23,7 @@ from . import lockstep
 from .compiled import BlockCompiler
 from .families import UNetFamily
 from .memory import give_back, halved, has_host, unet_sizes
+from .parking import ParkedSkips
 from .passes import (
     EditJointPass,
     EditPropagationPass,
@@ -38,6 +39,8 @@ from .windows import slice_conds
 logger = logging.getLogger(__name__)
 MAX_BATCH = {"cuda": 64}  # frames times branches in one forward by kind of device: it would be no faster with more
 MAX_BATCH_ELSEWHERE = 32
+SKIP_PATCHES = {"input_block_patch", "input_block_patch_after_skip"}  # ComfyUI's names
+AHEAD_SHARE = 0.5  # of what is free beside a chunk, for selecting the next step's tokens
 MEMORY_SHARE = 0.65  # of what is free, for the activations of one forward
 
 
@@ -201,7 +204,7 @@ class EditEvaluator:
     def chunk(self, model, x: Tensor, branches: int) -> int:
         """Frames in one forward; chosen once, from the memory that is free with the model loaded."""
         if not self._chunk:
-            self._chunk = auto_chunk(unet_sizes(model, self.family), x.shape, branches, x.device)
+            self._chunk = auto_chunk(unet_sizes(model, self.family, x.device), x.shape, branches, x.device)
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
@@ -325,6 +328,9 @@ class _Evaluation:
         keyframes = self.edit.plan.keyframes(following)
         if not set(keyframes) <= set(self.edit.frames):
             return
+        free = comfy.model_management.get_free_memory(self.x.device)
+        if self.edit.plan.selection_bytes(len(keyframes)) > AHEAD_SHARE * free:
+            return
         try:
             self._select(keyframes)
         except RuntimeError as error:
@@ -379,12 +385,18 @@ class _Evaluation:
             exchange, workers, row = lockstep.Exchange([len(frames) for frames in chunks]), [], 0
             last = len(chunks) > 1 and conds is together[-1]  # then each chunk is one forward
             for number, frames in enumerate(chunks):
-                step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)), last)
+                rows, parked = slice(row, row + len(frames)), ParkedSkips() if self._parks(chunks) else None
+                step_pass = EditJointPass(self.state, exchange, number, rows, last, parked)
                 workers.append(partial(self._evaluate, conds, frames, step_pass))
                 row += len(frames)
             finished = lockstep.run_in_lockstep(workers, partial(give_back, self.x.device))
             for frames, predictions in zip(chunks, finished, strict=True):
                 self._store(out, frames, predictions, conds)
+
+    def _parks(self, chunks: list) -> bool:
+        """Whether skip connections of chunks that wait go to host memory: not where a patch may hold on to them."""
+        patches = self.model_options["transformer_options"].get("patches", {})
+        return len(chunks) > 1 and self.state.shelf.on_host and not SKIP_PATCHES & set(patches)
 
     def _propagate(self, left: list[int], count: int, size: int) -> list[Tensor]:
         """Predictions of the first ``count`` frames of ``left``, the last one repeated to make ``size``.

@@ -32,12 +32,17 @@ _PASSES_OPTIONS = "transformer_options" in inspect.signature(CrossAttention.forw
 
 def wanted(x: Tensor) -> bool:
     """Whether a forward of the UNet on ``x`` is to run its blocks like this."""
+    return not torch.is_grad_enabled() and x.ndim == 4 and run_on(x.device, x.dtype)
+
+
+def run_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether blocks are to run like this on ``device``, with activations of ``dtype``."""
     asked = os.environ.get(VARIABLE)
-    if asked == "own" or torch.is_grad_enabled() or x.ndim != 4:
+    if asked == "own":
         return False
-    if x.device.type != "cuda":
+    if device.type != "cuda":
         return asked == "fast"
-    return x.dtype in fused.HALF and fused.kernels_work(x.device)
+    return dtype in fused.HALF and fused.kernels_work(device)
 
 
 def run(block: nn.Module, forward: Callable, args: tuple, given: Callable[[int], Tensor | None]) -> Tensor:

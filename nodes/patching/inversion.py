@@ -61,7 +61,7 @@ class ChunkedInference:
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """The body of the CALC_COND_BATCH wrapper."""
-        self.chunk = self.chunk or auto_chunk(unet_sizes(model, self.family), x.shape, 1, x.device)
+        self.chunk = self.chunk or auto_chunk(unet_sizes(model, self.family, x.device), x.shape, 1, x.device)
         conds, ahead = prompts_on_device(conds, x.device), Ahead(x.device)
         out = [torch.zeros_like(x) for _ in conds]
         start, begun = 0, time.perf_counter()
@@ -251,7 +251,7 @@ def extract_descriptors(
 def _announce(model_patcher, inference: ChunkedInference, latent: Tensor, work: str, where: str, text: NodeText):
     """Show what will be done and what it takes; refuse what surely does not fit."""
     model, device = model_patcher.model, model_patcher.load_device
-    unet = unet_sizes(model, inference.family)
+    unet = unet_sizes(model, inference.family, device)
     chunk = inference.chunk or auto_chunk(unet, latent.shape, 1, device)
     needs = inversion_needs(unet, latent.shape, chunk)
     height, width = latent.shape[2:]

@@ -6,8 +6,9 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
-from ...adaflow.estimate import Attention, Needs, UNetSizes, describe, refuse_too_large
+from ...adaflow.estimate import FAST_FORWARD_MAPS, FORWARD_MAPS, Attention, Needs, UNetSizes, describe, refuse_too_large
 from ...adaflow.memory import SmallestBlockError, give_back_ram, is_out_of_memory
+from . import fast_blocks
 from .families import UNetFamily
 from .preview import NodeText
 from .taps import self_attentions
@@ -16,8 +17,8 @@ logger = logging.getLogger(__name__)
 HOST_SHARE = 0.25  # of the free memory
 
 
-def unet_sizes(model, family: UNetFamily) -> UNetSizes:
-    """The widths of ComfyUI's BaseModel ``model``, a UNet of ``family``."""
+def unet_sizes(model, family: UNetFamily, device: torch.device) -> UNetSizes:
+    """The widths of ComfyUI's BaseModel ``model``, a UNet of ``family``, that runs on ``device``."""
     unet, levels, level, skips = model.diffusion_model, {}, 0, []
     for number, block in enumerate(unet.input_blocks):
         level += any(isinstance(part, Downsample) for part in block)
@@ -37,9 +38,10 @@ def unet_sizes(model, family: UNetFamily) -> UNetSizes:
         for layer, attn in self_attentions(unet)
     )
     conv = levels["output", family.conv_block], unet.output_blocks[family.conv_block][0].out_channels
-    value_bytes = comfy.model_management.dtype_size(model.manual_cast_dtype or model.get_dtype())
-    weights = comfy.model_management.module_size(model)
-    return UNetSizes(attentions, tuple(skips), conv, value_bytes, weights)
+    dtype = model.manual_cast_dtype or model.get_dtype()
+    value_bytes, weights = comfy.model_management.dtype_size(dtype), comfy.model_management.module_size(model)
+    maps = FAST_FORWARD_MAPS if fast_blocks.run_on(device, dtype) else FORWARD_MAPS
+    return UNetSizes(attentions, tuple(skips), conv, value_bytes, weights, maps)
 
 
 def free_memory(device: torch.device) -> dict[str, int]:

@@ -18,6 +18,7 @@ from ...adaflow.propagation import gather_outputs, output_rows
 from .compiled import BlockCompiler
 from .families import UNetFamily
 from .lockstep import Exchange
+from .parking import ParkedSkips
 from .shelf import Shelf
 from .taps import Layer, StopForward, UNetCall, UNetPass, split_branches
 
@@ -120,10 +121,22 @@ class EditJointPass(UNetPass):
         chunk: number of this chunk.
         rows: keyframes of this chunk.
         last: whether no forward after this one takes what was captured of this chunk's source.
+        parked: where the chunk's skip connections go while it waits for others; None: they stay.
     """
 
-    def __init__(self, state: StepState, exchange: Exchange, chunk: int, rows: slice, last: bool):
+    def __init__(
+        self, state: StepState, exchange: Exchange, chunk: int, rows: slice, last: bool, parked: ParkedSkips | None
+    ):
         self.state, self.exchange, self.chunk, self.rows, self.last = state, exchange, chunk, rows, last
+        self.parked = parked
+
+    def skip_made(self, number: int, skip: Tensor) -> None:
+        if self.parked is not None:
+            self.parked.made(number, skip)
+
+    def skip_wanted(self, number: int) -> None:
+        if self.parked is not None:
+            self.parked.come_back(number)
 
     def given_feature(self, call: UNetCall) -> Tensor | None:
         return torch.cat(self._captured(call, "conv")) if self.state.injection.conv else None
@@ -156,6 +169,8 @@ class EditJointPass(UNetPass):
 
         publish("k", self._captured(call, "key", layer) if injected else own_keys())
         publish("v", split(attn.to_v(_first(value, context, x))))
+        if self.parked is not None:
+            self.parked.leave()
         self.exchange.meet()
         keys, values = taken("k"), taken("v")
         # made last: while other chunks are waited for, every chunk would hold its own

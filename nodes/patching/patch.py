@@ -164,7 +164,7 @@ class EditPatch:
         """
         model, settings, keyframes = guider.inner_model, self.settings, len(self.plan.clips)
         branches = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
-        unet = unet_sizes(model, self.family)
+        unet = unet_sizes(model, self.family, noise.device)
         chunk = settings.chunk or auto_chunk(unet, noise.shape, branches, noise.device)
         injecting = max(settings.feature_share, settings.attention_share) > 0
         waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least

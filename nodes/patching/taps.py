@@ -107,6 +107,12 @@ class UNetPass:
     def descriptor(self, call: UNetCall, feature: Tensor) -> None:
         """Sees the output of the descriptor block, (batch, channels, height, width)."""
 
+    def skip_made(self, number: int, skip: Tensor) -> None:
+        """Sees the output of an encoder block, (batch, channels, height, width), which a decoder block will read."""
+
+    def skip_wanted(self, number: int) -> None:
+        """The next decoder block will read the output of encoder block ``number``."""
+
 
 Tap = tuple[Layer, nn.Module]  # a self-attention and its place
 
@@ -168,6 +174,19 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
         return forward
 
+    def skips_forward(block: nn.Module, made: int | None, wanted: int | None):
+        original = block.forward
+
+        def forward(*args, **kwargs):
+            out, call = original(*args, **kwargs), _running.get()
+            if call is not None and made is not None:
+                call.step_pass.skip_made(made, out)
+            if call is not None and wanted is not None:
+                call.step_pass.skip_wanted(wanted)
+            return out
+
+        return forward
+
     def conv_hook(module, args, output):
         call = _running.get()
         if call is None:
@@ -192,6 +211,12 @@ def tapped(unet: nn.Module, family: UNetFamily):
                 put(block, block_forward(block, [tap for tap in attentions if tap[1] in inside]))
         if "forward" not in vars(unet.out):
             put(unet.out, out_forward(unet.out))
+        if unet.middle_block is not None:
+            for number, block in enumerate(unet.input_blocks):
+                put(block[-1], skips_forward(block[-1], number, None))
+            following = [unet.middle_block, *unet.output_blocks][:-1]
+            for number, block in zip(reversed(range(len(unet.input_blocks))), following, strict=True):
+                put(block[-1], skips_forward(block[-1], None, number))
         undo.append(conv.out_layers[-1].register_forward_hook(conv_hook).remove)
         undo.append(unet.output_blocks[family.descriptor_block][-1].register_forward_hook(descriptor_hook).remove)
         yield

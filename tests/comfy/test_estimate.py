@@ -35,7 +35,7 @@ from tensor_memory import TensorMemory
 def test_the_sizes_are_those_of_the_activations(shape):
     """Every self-attention and every encoder block of a real forward gives what the sizes say."""
     model, height, width = small_model(shape), 14, 22
-    sizes, unet = unet_sizes(model.model, unet_family(model, "test")), model.model.diffusion_model
+    sizes, unet = unet_sizes(model.model, unet_family(model, "test"), torch.device("cpu")), model.model.diffusion_model
     tokens = [h * w for h, w in layer_sizes(height, width)]
     given, hooks = [], []
     modules = [attn for _, attn in self_attentions(unet)] + [block[-1] for block in unet.input_blocks]
@@ -68,7 +68,7 @@ def test_an_edit_takes_what_is_said(frames, keyframes, size):
     edit = edit_of(model, frames, keyframes, size)
     with TensorMemory() as measured:
         AdaFlowTokenPropagate.execute(edit, False, 2, AFRESH)
-    sizes = unet_sizes(model.model, unet_family(model, "test"))
+    sizes = unet_sizes(model.model, unet_family(model, "test"), torch.device("cpu"))
     needs = edit_needs(sizes, (frames, 4, *size), keyframes, 2, 2, True)
     total = needs.device + needs.ram
     assert total.least <= measured.peak
@@ -79,7 +79,7 @@ def test_an_inversion_of_many_frames_takes_what_is_said():
     model, shape = small_model("sd1"), (600, 4, 8, 8)
     with TensorMemory() as measured:
         Graph("sd1", latent=clip_latent(shape[0], shape[2:]), steps=2, model=model)
-    sizes = unet_sizes(model.model, unet_family(model, "test"))
+    sizes = unet_sizes(model.model, unet_family(model, "test"), torch.device("cpu"))
     needs = inversion_needs(sizes, shape, 32)
     total = needs.device + needs.ram
     assert total.least <= measured.peak

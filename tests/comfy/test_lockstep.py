@@ -10,6 +10,7 @@ import pytest
 import torch
 from adaflow_pack.nodes.patching import evaluator, lockstep, patch
 from adaflow_pack.nodes.patching.lockstep import Exchange, run_in_lockstep
+from adaflow_pack.nodes.patching.parking import ParkedSkips
 from adaflow_pack.nodes.patching.shelf import Shelf
 from comfy.patcher_extension import WrappersMP
 from graph import Graph, each_frame, plain_euler, select
@@ -40,6 +41,52 @@ def test_waiting_in_host_memory_changes_no_bit(shape, interpolation, monkeypatch
             edits[on_host, chunk] = graph.edit(plan, interpolation, model=graph.slim(2), chunk=chunk)
         assert bool(moved) == on_host
     assert all(torch.equal(edits[True, chunk], edits[False, chunk]) for chunk in (7, 2))
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["alone", "with a patch that may hold on to them"])
+def test_skip_connections_of_chunks_that_wait_go_to_host_memory(patched, monkeypatch):
+    """Whatever a chunk has left behind is empty while another is computed, but for what it made last."""
+    graph = Graph("sd1", frames=7, steps=2)
+    plan, model, parked, emptied = each_frame(graph.descriptors), graph.model.clone(), [], []
+    monkeypatch.setattr(patch, "better_on_host", lambda *_: True)
+    made, leave = ParkedSkips.made, ParkedSkips.leave
+
+    def made_and_seen(skips, number, skip):
+        parked.append((skips, number, weakref.ref(skip)))
+        made(skips, number, skip)
+
+    def leave_and_look(skips):
+        leave(skips)
+        emptied.append(
+            {n: s().untyped_storage().nbytes() for owner, n, s in parked if owner is skips and s() is not None}
+        )
+
+    monkeypatch.setattr(ParkedSkips, "made", made_and_seen)
+    monkeypatch.setattr(ParkedSkips, "leave", leave_and_look)
+    if patched:
+        model.set_model_input_block_patch(lambda h, options: h)
+    whole = graph.edit(plan, model=model, chunk=7)
+    assert not emptied
+    parts = graph.edit(plan, model=model, chunk=2)
+    assert oracles.relative_error(parts, whole) < 1e-5
+    assert bool(emptied) != patched
+    for sizes in emptied:  # in the encoder all are empty, in the decoder all but the next one's
+        assert sum(size > 0 for size in sizes.values()) <= 4
+    assert not emptied or max(len(sizes) for sizes in emptied) == 12
+
+
+def test_what_is_parked_comes_back_with_its_bits():
+    skips = [torch.randn(2, 3, 4, 5), torch.randn(2, 5, 4, 3).permute(0, 3, 2, 1), torch.randn(9, 4)[2:5]]
+    before, park = [skip.clone() for skip in skips], ParkedSkips()
+    for number, skip in enumerate(skips):
+        park.made(number, skip)
+    park.made(3, torch.randn(5))  # nobody holds that one
+    park.leave()
+    park.leave()
+    assert park.away == 2 and [skip.untyped_storage().nbytes() > 0 for skip in skips] == [False, False, True]
+    for number in (3, 2, 1, 1, 0):
+        park.come_back(number)
+    assert park.away == 0 and all(map(torch.equal, skips, before))
 
 
 @pytest.mark.parametrize("failing", ["joint", "propagation"])
