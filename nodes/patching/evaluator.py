@@ -55,7 +55,7 @@ class EditSettings:
         budget: keyframes' worth of keys and values that a keyframe attends to.
         chunk: frames evaluated at once; 0 chooses from the free memory.
         start_from_trajectory: replace the sampler's start by the trajectory's latent of the first sigma.
-        compile: run propagation through torch.compile, where it can.
+        compile: run propagation through torch.compile, where it can and nothing faster runs it.
     """
 
     feature_share: float = 0.8

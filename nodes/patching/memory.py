@@ -38,10 +38,15 @@ def unet_sizes(model, family: UNetFamily, device: torch.device) -> UNetSizes:
         for layer, attn in self_attentions(unet)
     )
     conv = levels["output", family.conv_block], unet.output_blocks[family.conv_block][0].out_channels
-    dtype = model.manual_cast_dtype or model.get_dtype()
+    dtype = value_dtype(model)
     value_bytes, weights = comfy.model_management.dtype_size(dtype), comfy.model_management.module_size(model)
     maps = FAST_FORWARD_MAPS if fast_blocks.run_on(device, dtype) else FORWARD_MAPS
     return UNetSizes(attentions, tuple(skips), conv, value_bytes, weights, maps)
+
+
+def value_dtype(model) -> torch.dtype:
+    """Of the activations of ComfyUI's BaseModel ``model``."""
+    return model.manual_cast_dtype or model.get_dtype()
 
 
 def free_memory(device: torch.device) -> dict[str, int]:

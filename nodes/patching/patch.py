@@ -13,10 +13,11 @@ from ...adaflow.errors import InputError, require
 from ...adaflow.estimate import Pace, edit_needs
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
+from . import fast_blocks
 from .compiled import BlockCompiler
 from .evaluator import EditEvaluator, EditSettings, auto_chunk
 from .families import UNetFamily, model_signature, unet_family
-from .memory import announce, better_on_host, release_unused, unet_sizes
+from .memory import announce, better_on_host, release_unused, unet_sizes, value_dtype
 from .preview import NodeText
 from .slim import SLIM_KEY, SlimSettings
 from .taps import run_unet
@@ -97,7 +98,7 @@ class EditPatch:
             noise, latent_image = self._start(model, executor.class_obj, guider, sigmas, noise)
         source = self._source_cond(model, noise, latent_image, extra_args)
         self.plan.device = noise.device
-        compiler = BlockCompiler(lambda line: text.put("compile", line)) if self.settings.compile else None
+        compiler = self._compiler(model, noise.device, text)
         run = EditEvaluator(
             model.diffusion_model,
             self.family,
@@ -131,6 +132,15 @@ class EditPatch:
 
     def diffusion_model(self, executor, x, *args, **kwargs):
         return run_unet(executor, self.family, x, args, kwargs)
+
+    def _compiler(self, model, device: torch.device, text: NodeText) -> BlockCompiler | None:
+        """What compiles the propagation, if that is wanted and blocks do not run by kernels that are faster."""
+        if not self.settings.compile:
+            return None
+        if fast_blocks.run_on(device, value_dtype(model)):
+            text.put("compile", "nothing to compile: the UNet's blocks run by AdaFlow's own kernels, which are faster")
+            return None
+        return BlockCompiler(lambda line: text.put("compile", line))
 
     def _check(self, sigmas: Tensor, noise: Tensor, sampler) -> None:
         expected = (len(self.frames), *self.trajectory.shape[1:])

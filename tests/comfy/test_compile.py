@@ -12,7 +12,7 @@ import comfy.model_management
 import oracles
 import pytest
 import torch
-from adaflow_pack.nodes.patching import compiled
+from adaflow_pack.nodes.patching import compiled, fast_blocks, patch
 from graph import Graph, plain_euler, select
 from models import SD2_FULL, clip_latent, random_model
 from test_clean_up import Boom, cancel, failing, failing_attention, leftovers
@@ -172,6 +172,16 @@ def test_out_of_memory_halves_the_chunk(graph, blocks, few_blocks):
     assert blocks
 
 
+def test_nothing_is_compiled_where_blocks_run_fast(graph, blocks, monkeypatch):
+    told = []
+    monkeypatch.setattr(patch.NodeText, "put", lambda text, key, line: told.append((key, line)))
+    monkeypatch.setenv(fast_blocks.VARIABLE, "fast")
+    expected = graph.edit(plan(graph), chunk=2)
+    assert "compile" not in dict(told)
+    assert torch.equal(graph.edit(plan(graph), chunk=2, compile=True), expected)
+    assert not blocks and "own kernels" in dict(told)["compile"]
+
+
 def graph_modules() -> int:
     gc.collect()
     return sum(issubclass(type(thing), torch.fx.GraphModule) for thing in gc.get_objects())
@@ -218,6 +228,7 @@ def test_an_edit_begun_plain_goes_on_compiled(graph):
 def test_generated_code_equals_plain_on_a_gpu_at_full_size(blocks, monkeypatch):
     """SD 2.1's size in half precision, every block, and no memory of the GPU kept."""
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
+    monkeypatch.setenv(fast_blocks.VARIABLE, "own")
     source = [[torch.randn(1, 77, 1024), {}]]
     graph = Graph("sd2", latent=clip_latent(40, (48, 84)), steps=1, model=full_size_model(), source=source)
     clips = select(graph.descriptors, -1.0, -1.0, max_clip=8, mode="fixed")
