@@ -32,9 +32,14 @@ def sigma_to_mu(sigma: Tensor | float) -> Tensor:
 def inversion_step(x: Tensor, eps: Tensor, sigma_from: float, sigma_to: float) -> Tensor:
     """One deterministic step up in noise, VP in and out.
 
+    The step down that an edit makes takes the noise predicted for the latent it comes from. With that of ``x`` this
+    step is its inverse to first order; done again with the noise of its own result, round after round, it comes to be
+    the exact one (fixed-point inversion: arXiv 2309.04907, also 2403.14602).
+
     Args:
         x: latent at ``sigma_from``, (frames, channels, height, width).
-        eps: noise that the network predicts for ``x`` at the *target* time, the same shape.
+        eps: noise that the network predicts at the *target* time, for ``x`` or for the last round's result, the same
+            shape.
         sigma_from: noise level of ``x``.
         sigma_to: noise level to go to.
     """

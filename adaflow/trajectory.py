@@ -37,7 +37,8 @@ def trajectory_identity(shape, sigmas: list[float], model: str, clip: str, dtype
         model: signature of the model that inverts.
         clip: :func:`clip_fingerprint` of the clean latent.
         dtype: of the levels on disk, float16 or float32.
-        made_by: fingerprints of whatever else makes a difference, as text.
+        made_by: whatever else makes a difference, as plain data; what is not given must mean what it meant before it
+            could be, so that the runs on the disk are still found.
     """
     about = {"shape": list(shape), "sigmas": list(sigmas), "model": model, "clip": clip}
     return {"format": FORMAT, "dtype": str(dtype), **about, **made_by}

@@ -135,6 +135,7 @@ def invert(
     text: NodeText,
     chunk: int = 0,
     callback: Callable | None = None,
+    refine: int = 0,
 ) -> Tensor:
     """DDIM inversion (arXiv 2010.02502, 4.3) with descriptors taken in its first pass.
 
@@ -144,16 +145,38 @@ def invert(
         trajectory: gets every level that it has not; the caller closes it.
         descriptors: gets every frame and is closed, once the first step is done; None where that is done already.
         text: where to say what is inverted and how long it takes.
-        callback: ComfyUI's sampling callback.
+        callback: ComfyUI's sampling callback, told of every evaluation of the model.
+        refine: rounds in which a step is done again with the noise of its own result.
 
     Returns:
         The noisiest latent as a LATENT that any ComfyUI sampler takes with its noise off.
     """
-    last = trajectory.levels - 1
+    last, evaluations = trajectory.levels - 1, 1 + refine
     inference = ChunkedInference(unet_family(model_patcher, where), chunk_to_go_on_with(chunk, trajectory.chunk))
     if trajectory.level < last:
-        inference.pace = Pace(last, lambda line: text.put("time", line))
-        _announce(model_patcher, inference, latent, f"{last} steps", where, text)
+        inference.pace = Pace(last * evaluations, lambda line: text.put("time", line))
+        work = f"{last} steps of {evaluations} evaluations" if refine else f"{last} steps"
+        _announce(model_patcher, inference, latent, work, where, text)
+
+    def counted(number: int, denoised: Tensor, x: Tensor, _) -> None:  # ComfyUI takes a step for one evaluation
+        callback(number, denoised, x, last * evaluations)
+
+    patched, sigmas = inference.patch(model_patcher), inversion_sigmas(model_patcher, steps)
+    sampler = _inversion_sampler(inference, trajectory, descriptors, where, refine)
+    try:
+        return _sample(patched, conditioning, latent, sampler, sigmas, None if callback is None else counted)
+    finally:
+        release_unused(model_patcher.load_device)
+
+
+def _inversion_sampler(
+    inference: ChunkedInference,
+    trajectory: TrajectoryWriter,
+    descriptors: DescriptorWriter | None,
+    where: str,
+    refine: int,
+) -> Callable:
+    """A sampler function for ComfyUI that goes up in noise, and on from the trajectory's last level."""
 
     def first_pass(evaluate, frames, x):
         taken = DescriptorPass(stop=False)
@@ -169,28 +192,32 @@ def invert(
             x = trajectory.state().to(x)
         ones = x.new_ones(x.shape[0])
         for level in range(trajectory.level + 1, len(levels)):
-            inference.on_chunk = first_pass if level == 1 and descriptors is not None else None
-            inference.pace.begin_step(level - 1)
-            x_in = x / sigma_to_mu(levels[level]).item()
-            denoised = model(x_in, levels[level] * ones, **(extra_args or {}))
-            x = inversion_step(x, (x_in - denoised) / levels[level], levels[level - 1], levels[level])
-            if not torch.isfinite(x).all():
-                raise RuntimeError(
-                    f"{where}: the latent is not finite (NaN or infinite) at inversion step {level} of "
-                    f"{len(levels) - 1}, sigma {levels[level]:.4f}. Most likely half precision overflowed: start "
-                    "ComfyUI with --force-fp32 or --force-upcast-attention"
-                )
-            also = {} if inference.on_chunk is None else {descriptors.close().path.name: descriptors.checksum}
-            trajectory.write(x, inference.chunk, also)
-            if callback is not None:
-                callback({"i": level - 1, "denoised": denoised, "x": x, "sigma": sigmas[level]})
+            start, describing = x, level == 1 and descriptors is not None
+            evaluations = range((level - 1) * (1 + refine), level * (1 + refine))
+            inference.pace.begin_step(evaluations[0])
+            for number in evaluations:
+                inference.on_chunk = first_pass if describing and number == 0 else None
+                x_in = x / sigma_to_mu(levels[level]).item()
+                denoised = model(x_in, levels[level] * ones, **(extra_args or {}))
+                x = inversion_step(start, (x_in - denoised) / levels[level], levels[level - 1], levels[level])
+                _require_finite(x, where, level, levels)
+                if number == evaluations[-1]:
+                    also = {descriptors.close().path.name: descriptors.checksum} if describing else {}
+                    trajectory.write(x, inference.chunk, also)
+                if callback is not None:
+                    callback({"i": number, "denoised": denoised, "x": x, "sigma": sigmas[level]})
         return x / sigma_to_mu(levels[-1]).item()
 
-    patched = inference.patch(model_patcher)
-    try:
-        return _sample(patched, conditioning, latent, sampler, inversion_sigmas(model_patcher, steps), callback)
-    finally:
-        release_unused(model_patcher.load_device)
+    return sampler
+
+
+def _require_finite(x: Tensor, where: str, level: int, levels: list[float]) -> None:
+    if not torch.isfinite(x).all():
+        raise RuntimeError(
+            f"{where}: the latent is not finite (NaN or infinite) at inversion step {level} of {len(levels) - 1}, "
+            f"sigma {levels[level]:.4f}. Most likely half precision overflowed: start ComfyUI with --force-fp32 or "
+            "--force-upcast-attention"
+        )
 
 
 def extract_descriptors(

@@ -1,5 +1,6 @@
 """The pack in ComfyUI's real front end: templates, graph, help page, and an edit run from the page."""
 
+import json
 import os
 from pathlib import Path
 
@@ -45,6 +46,24 @@ def test_a_workflow_opens_with_all_its_nodes(page, shot, path):
         }"""
     )
     assert not overlapping
+
+
+def test_a_workflow_saved_before_the_inversion_had_rounds_opens_without_any(page, tmp_path):
+    """Values are saved in the order of the widgets, without names: what is new stands last and keeps its default."""
+    saved = json.loads((ROOT / "workflows" / "adaflow-basic-edit.json").read_text())
+    (node,) = (node for node in saved["nodes"] if node["type"] == "AdaFlowDDIMInvert")
+    node["widgets_values"] = [31, "float32", 7, "start afresh"]
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(saved))
+    front_end.load_workflow(page, path)
+    values = page.evaluate(
+        """async () => {
+        const prompt = (await window.app.graphToPrompt()).output
+        return Object.values(prompt).find(node => node.class_type === 'AdaFlowDDIMInvert').inputs
+        }"""
+    )
+    wanted = {"steps": 31, "precision": "float32", "chunk": 7, "resume": "start afresh", "refine": 0}
+    assert {name: values[name] for name in wanted} == wanted
 
 
 def test_the_template_browser_lists_the_workflows(page, browser_server):

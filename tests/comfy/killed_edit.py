@@ -25,7 +25,7 @@ from graph import select
 from models import clip_latent, conditioning, small_model
 from small_vae import small_vae
 
-FRAMES, SIZE, STEPS, CHUNK = 5, (8, 8), 3, 2
+FRAMES, SIZE, STEPS, CHUNK, REFINE = 5, (8, 8), 3, 2, 1
 SAVED, SAVED_CHUNK = 72, 8  # frames of two segments: those that were edited, again and again, each a little paler
 STAGES = ("inversion", "selection", "joint", "propagation", "saving")
 FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}  # as Python's audit hooks name them
@@ -166,7 +166,7 @@ class KilledEdit:
     def _made(self) -> list[bytes]:
         """Do all stages: the latents they make, the video's frames and its file."""
         with self.log.doing("inversion"):
-            inputs = self._model, self._source, self._latent, STEPS, "float16", CHUNK
+            inputs = self._model, self._source, self._latent, STEPS, "float16", CHUNK, "resume", REFINE
             trajectory, descriptors, noisiest = AdaFlowDDIMInvert.execute(*inputs).args
         with self.log.doing("selection"):
             plan = select(descriptors, max_clip=2)

@@ -72,6 +72,9 @@ def cancel():
 
 STAGES = {
     "invert": lambda g, m: AdaFlowDDIMInvert.execute(m, g.source, {"samples": g.latent}, 3, chunk=2, resume=AFRESH),
+    "a round of the inversion": lambda g, m: AdaFlowDDIMInvert.execute(
+        m, g.source, {"samples": g.latent}, 3, resume=AFRESH, refine=3
+    ),
     "descriptors": lambda g, m: AdaFlowExtractDescriptors.execute(m, {"samples": g.latent}, 0, 4, -1, 0, chunk=1),
     "joint edit": lambda g, m: g.joint(model=m),
     "propagation": lambda g, m: g.edit(model=m, chunk=1),

@@ -75,10 +75,12 @@ def test_an_edit_takes_what_is_said(frames, keyframes, size):
     assert 0.6 * measured.peak <= total.about - sizes.weight_bytes <= 1.5 * measured.peak
 
 
-def test_an_inversion_of_many_frames_takes_what_is_said():
+@pytest.mark.parametrize("refine", [0, 1])
+def test_an_inversion_of_many_frames_takes_what_is_said(refine):
     model, shape = small_model("sd1"), (600, 4, 8, 8)
     with TensorMemory() as measured:
-        Graph("sd1", latent=clip_latent(shape[0], shape[2:]), steps=2, model=model)
+        latent = {"samples": clip_latent(shape[0], shape[2:])}
+        AdaFlowDDIMInvert.execute(model, conditioning("sd1", 1), latent, 2, "float32", 0, AFRESH, refine)
     sizes = unet_sizes(model.model, unet_family(model, "test"), torch.device("cpu"))
     needs = inversion_needs(sizes, shape, 32)
     total = needs.device + needs.ram

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
 from graph import AFRESH, Graph, each_frame, plain_euler, select
-from models import SHAPES, clip_latent, small_model
+from models import SHAPES, clip_latent, gentle_model
 
 TOLERANCE = 1e-5
 
@@ -87,20 +87,12 @@ def test_a_plan_in_any_order_gives_the_same_frames(sd1):
     assert torch.equal(sd1.edit(plans[0]), sd1.edit(plans[1]))
 
 
-def gentle(shape):
-    """A small model whose prediction bends little between two steps, as a trained one's does."""
-    model = small_model(shape)
-    model.model.diffusion_model.out[-1].weight.mul_(0.02)
-    model.model.diffusion_model.out[-1].bias.zero_()
-    return model
-
-
 @pytest.mark.parametrize("shape", ["sd1", "sdxl"])
 def test_inversion_then_sampling_returns_the_source(shape):
     """Same prompt, cfg 1, full injection, own tokens only: what is left is DDIM's own first-order error."""
     errors = []
     for steps in (10, 50, 100):
-        graph = Graph(shape, steps=steps, frames=2, model=gentle(shape))
+        graph = Graph(shape, steps=steps, frames=2, model=gentle_model(shape))
         same = {"positive": graph.source, "negative": graph.source, "cfg": 1.0, "shares": (1.0, 1.0)}
         back, _ = graph.joint(each_frame(graph.descriptors), model=graph.slim(1), **same)
         errors.append(error(back, graph.latent))

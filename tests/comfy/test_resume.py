@@ -33,11 +33,11 @@ def graph():
         yield Graph("sd1", FRAMES, steps=STEPS)
 
 
-def invert(graph, resume="resume", model=None, latent=None, source=None, precision="float16", chunk=2):
+def invert(graph, resume="resume", model=None, latent=None, source=None, precision="float16", chunk=2, refine=0):
     """All that an inversion gives, as tensors."""
     latent = graph.latent if latent is None else latent
     inverted = AdaFlowDDIMInvert.execute(
-        model or graph.model, source or graph.source, {"samples": latent}, STEPS, precision, chunk, resume
+        model or graph.model, source or graph.source, {"samples": latent}, STEPS, precision, chunk, resume, refine
     )
     trajectory, descriptors, noisiest = inverted.args
     levels = [trajectory.level(level) for level in range(STEPS + 1)]
@@ -48,22 +48,25 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-PER_STEP = -(-FRAMES // 2)  # forwards of an inversion step, two frames at a time
+PER_STEP = -(-FRAMES // 2)  # forwards of an inversion step without rounds, two frames at a time
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("at", [1, 2, 4, 7, 8, 12])
-def test_an_inversion_goes_on_after_its_last_whole_step(graph, at, end, caplog):
+@pytest.mark.parametrize(
+    ("at", "refine"), [(1, 0), (2, 0), (4, 0), (7, 0), (8, 0), (12, 0), (4, 1), (6, 1), (7, 1), (16, 2), (34, 2)]
+)
+def test_an_inversion_goes_on_after_its_last_whole_step(graph, at, refine, end, caplog):
     action, error = ENDS[end]
+    per_step = PER_STEP * (1 + refine)
     with forwards(graph.model) as calls:
-        whole = invert(graph, AFRESH)
-    assert len(calls) == STEPS * PER_STEP
+        whole = invert(graph, AFRESH, refine=refine)
+    assert len(calls) == STEPS * per_step
     with pytest.raises(error), forwards(graph.model, at, action):
-        invert(graph, AFRESH)
-    done = (at - 1) // PER_STEP
+        invert(graph, AFRESH, refine=refine)
+    done = (at - 1) // per_step
     with forwards(graph.model) as calls, caplog.at_level(logging.INFO):
-        assert same(invert(graph), whole)
-    assert len(calls) == (STEPS - done) * PER_STEP  # the broken step is all that was done twice
+        assert same(invert(graph, refine=refine), whole)
+    assert len(calls) == (STEPS - done) * per_step  # the broken step is all that was done twice
     assert (f"resumed after step {done} of {STEPS}" in caplog.text) == (done > 0)
 
 

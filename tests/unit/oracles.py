@@ -61,14 +61,18 @@ def alpha_bar(t):
     return float((1 - betas).cumprod(0)[t])
 
 
-def invert(x0, eps, steps):
-    """The whole DDIM inversion: x0, eps(x, t) -> list of latents on the grid."""
+def invert(x0, eps, steps, refine=0):
+    """The whole DDIM inversion: x0, eps(x, t) -> list of latents on the grid; each step's noise is that of its start,
+    then ``refine`` times that of its own result."""
     grid = [0, *range(1, 1000, 1000 // steps)]
     xs = [x0]
     for previous, t in pairwise(grid):
         a, b = alpha_bar(previous), alpha_bar(t)
-        noise = eps(xs[-1], t)
-        xs.append(math.sqrt(b) * (xs[-1] - math.sqrt(1 - a) * noise) / math.sqrt(a) + math.sqrt(1 - b) * noise)
+        x = xs[-1]
+        for _ in range(refine + 1):
+            noise = eps(x, t)
+            x = math.sqrt(b) * (xs[-1] - math.sqrt(1 - a) * noise) / math.sqrt(a) + math.sqrt(1 - b) * noise
+        xs.append(x)
     return xs
 
 
