@@ -1,8 +1,9 @@
 """Extended attention: a frame's queries over the keys and values of many frames (arXiv 2307.10373, section 4.1).
 
-The plain backend is PyTorch's scaled dot-product attention with the kept rows gathered first. A Triton kernel that
-reads them by index takes its place where ``KERNEL_FASTER`` says that it was measured to be faster, and cuDNN's
-attention that of PyTorch's own choice where ``CUDNN_FASTER`` says so.
+Of that the plain backend is PyTorch's scaled dot-product attention with the kept rows gathered first. A Triton kernel
+that reads them by index takes its place where ``KERNEL_FASTER`` says that it was measured to be faster, and cuDNN's
+attention that of PyTorch's own choice where ``CUDNN_FASTER`` says so. Attention to a prompt, whose keys are few, has a
+Triton kernel wherever that runs.
 """
 
 import functools
@@ -17,12 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .kernels import kernels_run
 
 BACKEND_VARIABLE = "ADAFLOW_ATTENTION"  # "sdpa", "cudnn" or "triton", for benchmarks and tests: overrules the tables
+PROMPT_KEYS, PROMPT_CHANNELS = 256, 256  # at most, of a prompt and of a head, that the kernel for prompts takes
 GATHER_BYTES = 128 << 20  # of kept keys and values that are copied together: of as many query frames as fit
 # Compute capability -> channels of a head -> numbers of a layer's tokens at which benchmarks/attention.py found the
 # kernel to be faster, at 20 keyframes' worth of keys and values.
 KERNEL_FASTER: dict[tuple[int, int], dict[int, range]] = {(9, 0): {64: range(1, 1009)}}
 # The same where PyTorch's attention, after a gather, is faster with cuDNN than with what it chooses by itself.
 CUDNN_FASTER: dict[tuple[int, int], dict[int, range]] = {}
+HALF = (torch.float16, torch.bfloat16)
 CUDNN_FIRST = [
     getattr(SDPBackend, name)
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -41,6 +44,27 @@ def frame_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """
     q, k, v = (rearrange(x, "f s (h c) -> f h s c", h=heads) for x in (q, k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "f h s c -> f s (h c)")
+
+
+def prompt_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention of each image to its prompt.
+
+    Args:
+        q: (images, tokens, heads * channels).
+        k, v: (images, keys, heads * channels).
+
+    Returns:
+        (images, tokens, heads * channels).
+    """
+    keys, channels = k.shape[1], q.shape[2] // heads
+    known = q.device.type == "cuda" and q.dtype in HALF and keys <= PROMPT_KEYS and channels <= PROMPT_CHANNELS
+    if not known or k.dtype != q.dtype or v.dtype != q.dtype or os.environ.get(BACKEND_VARIABLE) == "sdpa":
+        return frame_attention(q, k, v, heads)
+    if not _prompt_kernel_works(q.device, q.dtype, keys, channels):
+        return frame_attention(q, k, v, heads)
+    from . import attention_triton
+
+    return attention_triton.prompt_attention(q, k, v, heads)
 
 
 def extended_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kept: Tensor | None = None) -> Tensor:
@@ -89,7 +113,7 @@ def gathered_attention(
 
 def _backend(q: Tensor, heads: int) -> str:
     """The fastest one known for these queries: "sdpa", "cudnn" or "triton"."""
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+    if q.device.type != "cuda" or q.dtype not in HALF:
         return "sdpa"
     asked = os.environ.get(BACKEND_VARIABLE)
     if asked in ("sdpa", "cudnn", "triton"):
@@ -124,3 +148,17 @@ def _kernel_works(device: torch.device) -> bool:
         slim_attention(tokens, tokens, tokens, 1, torch.zeros(1, 16, dtype=torch.int32, device=device))
 
     return kernels_run(probe, "the attention kernel does not run here, PyTorch's own is used")
+
+
+@functools.cache
+def _prompt_kernel_works(device: torch.device, dtype: torch.dtype, keys: int, channels: int) -> bool:
+    """Whether the kernel for prompts compiles and runs there at such a size; if not, a message says why, once."""
+
+    def probe() -> None:
+        from . import attention_triton
+
+        q, k = (torch.zeros(1, rows, channels, dtype=dtype, device=device) for rows in (16, keys))
+        attention_triton.prompt_attention(q, k, k, 1)
+
+    what = f"the attention kernel for prompts of {keys} tokens does not run here with heads of {channels} channels"
+    return kernels_run(probe, f"{what}, PyTorch's own is used")

@@ -3,7 +3,8 @@
     python benchmarks/attention.py --out benchmarks/results/h100-attention.json
 
 Shapes of SD 2.1 at 384x672, half precision, random values and random kept tokens; every layer resolution, budgets of 5
-to 40 keyframes, chunks of 8 and 32 query frames. With ``--tiles`` every tiling of the kernel is tried first. Needs a
+to 40 keyframes, chunks of 8 and 32 query frames. Then attention to a prompt of 77 tokens, 64 images, against PyTorch's
+own choice; ``--prompts`` leaves all but this out. With ``--tiles`` every tiling of the kernels is tried first. Needs a
 CUDA device; ``--small`` runs tiny shapes anywhere, in Triton's interpreter where there is no GPU, to try the script.
 """
 
@@ -21,6 +22,8 @@ CHANNELS = 64
 LEVELS = {(48, 84): 5, (24, 42): 10, (12, 21): 20, (6, 11): 20}  # SD 2.1: heads at each resolution
 TILES = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (128, 128, 8, 3), (128, 32, 8, 4),
          (64, 64, 4, 3), (64, 128, 4, 3), (64, 32, 4, 4)]  # fmt: skip
+PROMPT_TILES = [(128, 1, 8, 1), (128, 2, 8, 2), (128, 4, 8, 2), (128, 4, 8, 3), (128, 8, 8, 2), (128, 4, 4, 2),
+                (64, 1, 4, 1), (64, 4, 4, 2), (64, 8, 4, 2), (64, 8, 4, 3)]  # fmt: skip
 
 
 def inputs(tokens: int, heads: int, queries: int, budget: int, device: str):
@@ -96,11 +99,49 @@ def try_tiles(kernel, device: str, levels: dict) -> list[dict]:
     return rows
 
 
+def prompt_inputs(tokens: int, heads: int, images: int, keys: int, device: str):
+    """Random q, k, v of images with a prompt each."""
+    width = heads * CHANNELS
+    return [torch.randn(images, rows, width, device=device).half() for rows in (tokens, keys, keys)]
+
+
+def compare_prompts(modules, tokens: int, heads: int, images: int, keys: int, device: str, tiles) -> dict:
+    """One shape: PyTorch's own choice and the kernel, and how far they are apart."""
+    attention, kernel = modules
+    q, k, v = prompt_inputs(tokens, heads, images, keys, device)
+    plain, ours = attention.frame_attention(q, k, v, heads), kernel.prompt_attention(q, k, v, heads, tiles)
+    error = float((ours.double() - plain.double()).norm() / plain.double().norm())
+    row = {"tokens": tokens, "heads": heads, "images": images, "prompt": keys, "difference": error}
+    row["SDPA"] = round(best_ms(lambda: attention.frame_attention(q, k, v, heads)), 4)
+    row["kernel"] = round(best_ms(lambda: kernel.prompt_attention(q, k, v, heads, tiles)), 4)
+    row["GB/s of the kernel, a read and a write"] = round(2 * q.nbytes / row["kernel"] / 1e6)
+    print(row, flush=True)
+    return row
+
+
+def try_prompt_tiles(kernel, device: str, levels: dict, images: int, keys: int) -> list[dict]:
+    """Milliseconds of every tiling at the two finest resolutions; one that does not run says why."""
+    rows = []
+    for (height, width), heads in list(levels.items())[:2]:
+        q, k, v = prompt_inputs(height * width, heads, images, keys, device)
+        for numbers in PROMPT_TILES:
+            row = {"tokens": height * width, "tiles": numbers}
+            tiles = kernel.PromptTiles(*numbers)
+            try:
+                row["ms"] = round(best_ms(lambda: kernel.prompt_attention(q, k, v, heads, tiles)), 4)  # noqa: B023
+            except Exception as error:  # too much shared memory, for one
+                row["error"] = str(error)[:200]
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[5, 10, 20, 40], help="keyframes' worth of keys")
     parser.add_argument("--queries", type=int, nargs="+", default=[8, 32], help="query frames in one call")
     parser.add_argument("--tiles", action="store_true", help="try every tiling, and compare with the fastest")
+    parser.add_argument("--prompts", action="store_true", help="attention to a prompt alone")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--commit", help="to be noted where this is no clone")
     parser.add_argument("--out", type=Path)
@@ -118,21 +159,39 @@ def main() -> None:
     levels, budgets, queries = LEVELS, options.budgets, options.queries
     if options.small:
         levels, budgets, queries = {(3, 5): 2, (2, 3): 2}, [2], [2]
-    results, tiles = {}, None
+    modules, results = (attention, attention_triton), {}
+    images, prompt, prompt_tiles = (2, 7, None) if options.small else (64, 77, None)
+    if options.tiles:
+        results["tiles for prompts"] = rows = try_prompt_tiles(attention_triton, device, levels, images, prompt)
+        finest = [row for row in rows if "ms" in row and row["tokens"] == rows[0]["tokens"]]
+        prompt_tiles = attention_triton.PromptTiles(*min(finest, key=lambda row: row["ms"])["tiles"])
+        results["tiles for prompts chosen"] = str(prompt_tiles)
+    results["prompts"] = [
+        compare_prompts(modules, height * width, heads, images, prompt, device, prompt_tiles)
+        for (height, width), heads in levels.items()
+    ]
+    if not options.prompts:
+        results |= extended(options, modules, levels, budgets, queries, device)
+    if options.out:
+        write_result(options.out, results, options.commit)
+
+
+def extended(options, modules, levels: dict, budgets: list[int], queries: list[int], device: str) -> dict:
+    """Tables of extended attention."""
+    (_, attention_triton), results, tiles = modules, {}, None
     if options.tiles:
         results["tiles"] = rows = try_tiles(attention_triton, device, levels if not options.small else {(2, 3): 1})
         finest = [row for row in rows if "ms" in row and row["tokens"] == rows[0]["tokens"]]
         tiles = attention_triton.Tiles(*min(finest, key=lambda row: row["ms"])["tiles"])
         results["tiles chosen"] = str(tiles)
     results["rows"] = [
-        compare((attention, attention_triton), height * width, heads, count, budget, device, tiles)
+        compare(modules, height * width, heads, count, budget, device, tiles)
         for ((height, width), heads), budget, count in product(levels.items(), budgets, queries)
     ]
     slower = {row["tokens"] for row in results["rows"] if not row["kernel is faster"]}
     results["always faster at tokens"] = sorted({row["tokens"] for row in results["rows"]} - slower)
     print("the kernel is faster in every row of layers with tokens:", results["always faster at tokens"])
-    if options.out:
-        write_result(options.out, results, options.commit)
+    return results
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from comfy import ops
+from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 
 from ...adaflow import fused
+from ...adaflow.attention import prompt_attention
 
 WIDE_BYTES = 256 << 20  # of a feed forward's widest activation
 VARIABLE = "ADAFLOW_BLOCKS"  # "own" or "fast", for benchmarks and tests: overrules the choice by device
@@ -27,6 +29,8 @@ _CONVS, _GROUP_NORMS, _LAYER_NORMS = (
     tuple(getattr(kinds, name) for kinds in _OPERATIONS) for name in ("Conv2d", "GroupNorm", "LayerNorm")
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Those of ComfyUI's that compute just attention and heed no attn_precision, which asks for scores in float32.
+_PLAIN_ATTENTION = (attention.attention_pytorch, attention.attention_xformers, attention.attention_flash)
 _PASSES_OPTIONS = "transformer_options" in inspect.signature(CrossAttention.forward).parameters
 
 
@@ -206,8 +210,23 @@ def _inner(inner: BasicTransformerBlock, x: Tensor, context, options: dict, atte
     if attended is None:
         attended = inner.attn1(inner.norm1(x), context=None, value=None, **passed)
     x, n = _add_layer_norm(inner.norm2, x, attended)
-    x, n = _add_layer_norm(inner.norm3, x, inner.attn2(n, context=context, value=None, **passed))
+    if _is_plain_attention(inner.attn2, options) and context is not None:
+        attended = _prompt_attention(inner.attn2, n, context)
+    else:
+        attended = inner.attn2(n, context=context, value=None, **passed)
+    x, n = _add_layer_norm(inner.norm3, x, attended)
     return _add_feed_forward(inner.ff, n, x)
+
+
+def _is_plain_attention(attn: nn.Module, options: dict) -> bool:
+    """Whether it computes just attention, by ComfyUI's own choice of function, which nobody replaced."""
+    if not _is(attn, CrossAttention) or "optimized_attention_override" in options:
+        return False
+    return attention.optimized_attention in _PLAIN_ATTENTION
+
+
+def _prompt_attention(attn: CrossAttention, x: Tensor, context: Tensor) -> Tensor:
+    return attn.to_out(prompt_attention(attn.to_q(x), attn.to_k(context), attn.to_v(context), attn.heads))
 
 
 def _add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

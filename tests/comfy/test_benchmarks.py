@@ -57,7 +57,8 @@ def test_attention(root, tmp_path):
     pytest.importorskip("triton")
     result = run(root, tmp_path, "attention.py", "--small")
     assert [row["tokens"] for row in result["rows"]] == [15, 6]
-    assert all(row["difference"] < 1e-3 for row in result["rows"])
+    assert [row["tokens"] for row in result["prompts"]] == [15, 6]
+    assert all(row["difference"] < 1e-3 for row in result["rows"] + result["prompts"])
 
 
 def test_edit_quality(root, tmp_path):

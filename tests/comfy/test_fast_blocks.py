@@ -4,6 +4,7 @@ import oracles
 import pytest
 import torch
 from adaflow_pack.nodes.patching import fast_blocks
+from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.ops import manual_cast
@@ -92,6 +93,65 @@ def test_res_blocks_of_other_kinds(options):
         found = fast_blocks.run(block, lambda *args: own.append(1) or block(*args), (x, emb), nothing_given)
         assert oracles.relative_error(found, block(x, emb)) < 1e-5
         assert bool(own) == bool({"up", "down", "use_scale_shift_norm"} & set(options))
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """Shapes of the queries that attended to a prompt by fast blocks, with PyTorch's attention as ComfyUI's choice."""
+    shapes, attend = [], fast_blocks.prompt_attention
+
+    def noting(q, k, v, heads):
+        shapes.append(q.shape)
+        return attend(q, k, v, heads)
+
+    monkeypatch.setattr(fast_blocks, "prompt_attention", noting)
+    monkeypatch.setattr(attention, "optimized_attention", attention.attention_pytorch)
+    return shapes
+
+
+@pytest.mark.parametrize("shape", ["sd1", "sd2", "sdxl"])
+def test_attention_to_a_prompt_equals_its_own_forward(shape, prompts):
+    """The prompt is one, expanded over the images, as ComfyUI has it."""
+    with torch.inference_mode():
+        for block in blocks_of(small_model(shape), SpatialTransformer):
+            x, context = torch.randn(3, block.in_channels, 5, 7), torch.randn(1, 7, 24).expand(3, -1, -1)
+            prompts.clear()
+            found = fast_blocks.run(block, refuse, (x, context, {}), nothing_given)
+            assert len(prompts) == len(block.transformer_blocks)
+            assert oracles.relative_error(found, block(x, context, {})) < 1e-5
+
+
+def test_attention_to_a_prompt_that_is_changed_stays_as_it_is(prompts, monkeypatch):
+    """By a hook, a forward of its own, another function of attention, or another choice of ComfyUI's."""
+    block = blocks_of(small_model("sd2"), SpatialTransformer)[0]
+    attn2, x, context = block.transformer_blocks[0].attn2, torch.randn(2, 32, 5, 7), torch.randn(2, 7, 24)
+    original = attn2.forward
+
+    def override(function, *args, **kwargs):
+        return 2 * function(*args, **kwargs)
+
+    def found_and_own(options):
+        before = len(prompts)
+        found = fast_blocks.run(block, refuse, (x, context, dict(options)), nothing_given)
+        assert len(prompts) == before
+        own = block(x, context, dict(options))
+        assert oracles.relative_error(found, own) < 1e-5
+        return own
+
+    with torch.inference_mode():
+        plain = block(x, context, {})
+        handle = attn2.register_forward_hook(lambda module, args, output: 2 * output)
+        changed = [found_and_own({})]
+        handle.remove()
+        attn2.forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)
+        changed.append(found_and_own({}))
+        del attn2.forward
+        with_override = found_and_own({"optimized_attention_override": override})
+        if hasattr(attention, "wrap_attn"):  # the older ComfyUI knows no such thing
+            changed.append(with_override)
+        monkeypatch.setattr(attention, "optimized_attention", lambda *args, **kwargs: 2 * args[0])
+        changed.append(found_and_own({}))
+        assert all(oracles.relative_error(own, plain) > 1e-3 for own in changed)
 
 
 def test_weights_of_another_type_are_cast():

@@ -109,6 +109,25 @@ def test_the_attention_kernel_equals_the_oracle(dtype, tolerance, heads, channel
     assert found < tolerance
 
 
+@pytest.mark.parametrize("keys", [77, 231])
+@pytest.mark.parametrize("heads, channels", [(8, 40), (5, 64), (8, 80), (8, 160)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+def test_the_attention_kernel_for_prompts_equals_the_oracle(dtype, tolerance, heads, channels, keys, monkeypatch):
+    """Where it compiles: heads of 160 channels and long prompts take more shared memory than small GPUs have."""
+    monkeypatch.delenv(attention.BACKEND_VARIABLE, raising=False)
+    q, k, v = (torch.randn(3, tokens, heads * channels, device="cuda").to(dtype) for tokens in (1001, keys, keys))
+    expected = torch.stack([oracles.attention(*(x[i].double() for x in (q, k, v)), heads) for i in range(3)])
+    found = oracles.relative_error(attention.prompt_attention(q, k, v, heads), expected)
+    plain = oracles.relative_error(attention.frame_attention(q, k, v, heads), expected)
+    compiled = attention._prompt_kernel_works(q.device, dtype, keys, channels)
+    assert compiled or channels * keys > 64 * 128
+    RESULTS[f"attention kernel for prompts of {keys} tokens, heads of {channels}, {dtype}"] = {
+        "kernel": found if compiled else "does not run",
+        "PyTorch's": plain,
+    }
+    assert found < tolerance
+
+
 @pytest.mark.parametrize("channels, tokens", [(320, 4032), (960, 1008), (2560, 66), (1920, 252)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-4), (torch.bfloat16, 3e-3)])
 def test_the_fused_kernels_equal_the_oracles(dtype, tolerance, channels, tokens):

@@ -14,6 +14,7 @@ import oracles
 import pytest
 import torch
 
+PROMPTS = (1, 16, 77, 154, 231, 256)
 CASES = [(heads, channels, dtype) for heads, channels in ((2, 40), (2, 64), (3, 80), (1, 160)) for dtype in
          ("float16", "float32")]  # fmt: skip
 
@@ -49,6 +50,16 @@ def error(kernel, heads: int, channels: int, dtype: torch.dtype, tokens: int, ke
     return oracles.relative_error(found, torch.stack(expected))
 
 
+def prompt_error(kernel, heads: int, channels: int, dtype: torch.dtype, tokens: int, keys: int) -> float:
+    q = torch.randn(2, tokens, heads * channels).to(dtype)
+    k, v = (torch.randn(2, keys, heads * channels).to(dtype) for _ in range(2))
+    q[0] *= 8  # some weights near 1
+    tiles = kernel.PromptTiles(16, 2, 4, 2)
+    found = kernel.prompt_attention(q, k, v, heads, tiles)
+    expected = [oracles.attention(*rows, heads) for rows in zip(q.double(), k.double(), v.double(), strict=True)]
+    return oracles.relative_error(found, torch.stack(expected))
+
+
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     module, errors = kernel_module("attention_triton"), {}
@@ -58,4 +69,8 @@ if __name__ == "__main__":
         # whole tiles, odd numbers of queries and keys, and fewer keys than a tile
         shapes = ((32, 64), (35, 97), (7, 19))
         errors["-".join(map(str, case))] = [error(module, heads, channels, getattr(torch, dtype), *s) for s in shapes]
+        prompts = [prompt_error(module, heads, channels, getattr(torch, dtype), 5 + 16 * i, keys) for i, keys in
+                   enumerate(PROMPTS)]  # fmt: skip
+        errors["prompt-" + "-".join(map(str, case))] = prompts
+    errors["key tiles"] = [module.key_tiles(keys) for keys in range(1, 257)]
     print(json.dumps(errors))
