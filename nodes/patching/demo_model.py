@@ -1,7 +1,8 @@
 """The demo model: a small Stable Diffusion, trained by ``training/``, shipped with the pack, in ComfyUI's own classes.
 
-Its UNet has the blocks, attention layers, latents and noise schedule of SD 1.x, so that every block number of the
-method means the same in it; its autoencoder shrinks by 8 to 4 channels; its text encoder reads SD 1.x's tokens.
+Its UNet has the blocks, attention layers, latents and noise schedule of SD 1.x. But the pictures that suit it are
+smaller, and so is the grid of tokens of each block: by :class:`DemoConfig` it has a row of its own in
+``families.FAMILIES``. Its autoencoder shrinks by 8 to 4 channels; its text encoder reads SD 1.x's tokens.
 """
 
 import copy

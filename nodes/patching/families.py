@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel, VideoResBlock
 
 from ...adaflow.errors import InputError
+from .demo_model import DemoConfig
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,13 @@ class UNetFamily:
     descriptor_block: int
 
 
-FAMILIES = {
+# By the number of decoder blocks, or by the class of ComfyUI's model config where that has numbers of its own.
+FAMILIES: dict[int | type, UNetFamily] = {
     12: UNetFamily("SD 1.x / 2.x", levels=4, conv_block=4, attention_blocks=range(4, 12), descriptor_block=8),
     9: UNetFamily("SDXL", levels=3, conv_block=3, attention_blocks=range(3, 9), descriptor_block=5),
+    # SD 1.x's blocks, but at 192x128 pixels block 4 has 4x6 tokens, where SD's has 16x16 at 512: a feature so coarse lets
+    # what is recoloured jump. Block 6 is twice as fine.
+    DemoConfig: UNetFamily("demo model", levels=4, conv_block=6, attention_blocks=range(4, 12), descriptor_block=8),
 }
 
 
@@ -42,7 +47,7 @@ def unet_family(model_patcher, where: str) -> UNetFamily:
     expected = "a Stable Diffusion 1.x, 2.x or SDXL checkpoint (an image UNet); load one of these"
     if not isinstance(unet, UNetModel):
         raise InputError(where, "model", f"a {type(unet).__name__}, not a UNet", expected)
-    family = FAMILIES.get(len(unet.output_blocks))
+    family = FAMILIES.get(type(model_patcher.model.model_config)) or FAMILIES.get(len(unet.output_blocks))
     if family is None or not isinstance(unet.output_blocks[family.conv_block][0], ResBlock):
         raise InputError(where, "model", f"a UNet of {len(unet.output_blocks)} decoder blocks", expected)
     if isinstance(unet.output_blocks[family.conv_block][0], VideoResBlock):

@@ -1,7 +1,7 @@
 """The shipped demo model: its weights, a picture and an edit, held to numbers that were kept when it was trained.
 
 ``ADAFLOW_KEEP_DEMO_SAMPLES=1 python -m pytest tests/comfy/test_demo_model.py`` writes ``demo_samples.json`` anew, which
-is to be done when the weights change, and only then.
+is to be done when the weights or the demo model's row in ``families.FAMILIES`` change, and only then.
 """
 
 import json
@@ -17,7 +17,9 @@ from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.nodes.demo_clip import AdaFlowDemoClip
 from adaflow_pack.nodes.demo_model import AdaFlowLoadDemoModel
 from adaflow_pack.nodes.patching import families
+from adaflow_pack.nodes.patching.demo_model import DemoConfig
 from demo_samples import BUDGET, FRAMES, DemoEdit, picture, weights_hash
+from models import small_model
 
 KEPT = Path(__file__).with_name("demo_samples.json")
 # Root mean squares over all tiles, of colours from 0 to 1. With new weights, see what ``pytest -rP`` prints: an
@@ -56,7 +58,7 @@ def difference(values: torch.Tensor, kept: list[float]) -> float:
 
 
 def wrong_family(monkeypatch, **mistake) -> None:
-    monkeypatch.setitem(families.FAMILIES, 12, replace(families.FAMILIES[12], **mistake))
+    monkeypatch.setitem(families.FAMILIES, DemoConfig, replace(families.FAMILIES[DemoConfig], **mistake))
 
 
 def test_the_weights_are_the_ones_that_were_trained(kept):
@@ -88,9 +90,24 @@ def test_the_edit_needs_matches_and_a_selection(edit):
     assert len(keyframes) > BUDGET
 
 
+def test_the_demo_model_has_block_numbers_of_its_own(demo):
+    """It is told from an SD 1.x of as many blocks by its config, not by its sizes."""
+    for patched in (demo[0], demo[0].clone()):
+        assert families.unet_family(patched, "test") is families.FAMILIES[DemoConfig]
+    other = small_model("sd1")
+    assert len(other.model.diffusion_model.output_blocks) == len(demo[0].model.diffusion_model.output_blocks)
+    assert families.unet_family(other, "test") is families.FAMILIES[12]
+    assert families.FAMILIES[DemoConfig].conv_block != families.FAMILIES[12].conv_block
+    signatures = {families.model_signature(model, "test").split(",")[0] for model in (demo[0], other)}
+    assert len(signatures) == 2  # what was inverted by the one is not for the other, whatever their widths
+
+
+CONV = families.FAMILIES[DemoConfig].conv_block
+
+
 @pytest.mark.parametrize(
     "mistake",
-    [{"conv_block": block} for block in (3, 5)]
+    [{"conv_block": block} for block in (families.FAMILIES[12].conv_block, CONV - 1, CONV + 1)]
     + [{"attention_blocks": range(*blocks)} for blocks in ((3, 12), (5, 12), (4, 11))],
     ids=str,
 )

@@ -9,6 +9,8 @@ import math
 import oracles
 import pytest
 import torch
+from adaflow_pack.nodes.patching import families
+from adaflow_pack.nodes.patching.demo_model import DemoConfig
 from graph import Graph, plain_euler, select
 from models import SHAPES, conditioning
 
@@ -166,12 +168,29 @@ def oracle_step(unet, x, x_source, t, contexts, descriptors, clips, keyframes, b
     return out
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
+INJECTIONS = pytest.mark.parametrize(
     ("conv", "attention", "blend", "budget"),
     [(True, True, False, 2), (True, False, True, 1), (False, True, False, 20), (False, False, True, 2)],
 )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@INJECTIONS
 def test_one_step_equals_the_oracle(shape, conv, attention, blend, budget):
+    check_one_step(shape, conv, attention, blend, budget)
+
+
+@INJECTIONS
+def test_the_feature_may_come_after_the_first_queries_and_keys(monkeypatch, conv, attention, blend, budget):
+    """The demo model's block numbers: layers whose queries and keys are injected lie before the injected ResBlock."""
+    row = families.FAMILIES[DemoConfig]
+    assert row.conv_block > row.attention_blocks[0]
+    monkeypatch.setitem(families.FAMILIES, 12, row)
+    monkeypatch.setitem(INJECTED, 12, (row.conv_block, row.attention_blocks))
+    check_one_step("sd1", conv, attention, blend, budget)
+
+
+def check_one_step(shape, conv, attention, blend, budget):
     graph = Graph(shape, frames=7, size=(6, 9), steps=2)
     keyframes = "1,3,6" if blend else "2,4,6"
     plan = select(graph.descriptors, -1.0, -1.0, max_clip=3, mode="schedule", schedule=keyframes)
