@@ -45,6 +45,7 @@ class Options:
     """What decides the numbers.
 
     Attributes:
+        inversion_steps, steps, refine: those of the demo.
         cfg: guidance of foreground, background and style edits.
         feature_share, attention_share: of the settings that inject.
         short: most frames of a clip in the settings that compare budgets, so that keyframes are more than these.
@@ -56,14 +57,15 @@ class Options:
     shots: int = 2
     height: int = 128
     width: int = 192
-    inversion_steps: int = 50
-    steps: int = 25
-    cfg: tuple[float, ...] = (2.0, 4.0, 4.0)
+    inversion_steps: int = 16
+    refine: int = 1
+    steps: int = 16
+    cfg: tuple[float, ...] = (1.5, 2.0, 2.0)
     feature_share: float = 0.8
     attention_share: float = 0.8
     short: int = 2
-    mean_threshold: float = 0.97
-    window_threshold: float = 0.85
+    mean_threshold: float = 0.94
+    window_threshold: float = 0.5
     budgets: tuple[int, ...] = (20, 8, 2)
     edits: tuple[str, ...] = EDITS
     precision: str = "tf32"
@@ -216,7 +218,14 @@ class Source:
         self.decoded = bench.decode(latents)
         self.flow, self.visible = clip.flow(0, len(clip) - 1, bench.options.height, bench.options.width, bench.device)
         self.trajectory, self.descriptors, _ = invert(
-            bench.model, bench.prompt(caption), latents, bench.options.inversion_steps, bench.folder, WHERE, bench.chunk
+            bench.model,
+            bench.prompt(caption),
+            latents,
+            bench.options.inversion_steps,
+            bench.folder,
+            WHERE,
+            bench.chunk,
+            bench.options.refine,
         )
         self._plans: dict[str, object] = {}
 

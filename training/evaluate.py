@@ -70,14 +70,14 @@ def draw_captions(model, clip, vae, judge, count: int, steps: int, guidance: flo
     return shares | {"all that is named": (right | ~asked).all(1).float().mean().item()}
 
 
-def invert_and_back(model, clip, vae, images: Tensor, prompt: str, steps: int) -> dict[str, float]:
+def invert_and_back(model, clip, vae, images: Tensor, prompt: str, steps: int, refine: int) -> dict:
     """The autoencoder on a clip, and inversion followed by sampling with the same prompt, both against the clip; dB."""
     import comfy.samplers
 
     latents, decoded = through(vae, images)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:
-        _, _, noisy = invert(model, conditioning, latents, steps, Path(folder), "evaluate")
+        _, _, noisy = invert(model, conditioning, latents, steps, Path(folder), "evaluate", 0, refine)
     down = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "ddim_uniform", steps)
     back = torch.cat([vae.decode(part) for part in sampled(model, conditioning, noisy, down).split(16)])
     mean = statistics.mean
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--captions", type=int, default=200, help="pictures drawn from noise")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=50, help="of inversion and sampling; half of them from noise")
+    parser.add_argument("--refine", type=int, default=1, help="rounds of each step of the inversion")
     parser.add_argument("--weights", type=Path, default=ROOT / "demo_model" / "weights.safetensors")
     parser.add_argument("--judge", type=Path, default=ROOT / "demo_model" / "classifier.safetensors")
     parser.add_argument("--out", type=Path)
@@ -124,7 +125,9 @@ def main() -> None:
     print(json.dumps(results), flush=True)
     for path in options.clips:
         frames = clip_frames(path, options.width, options.frames)
-        results[f"{path.name}, dB"] = invert_and_back(model, clip, vae, frames, "a photo", options.steps)
+        results[f"{path.name}, dB"] = invert_and_back(
+            model, clip, vae, frames, "a photo", options.steps, options.refine
+        )
         print(path.name, results[f"{path.name}, dB"], flush=True)
     if options.captions:
         drawn = draw_captions(model, clip, vae, judge, options.captions, options.steps // 2, options.guidance)

@@ -9,7 +9,9 @@ from common import pack_module
 from torch import Tensor
 
 
-def invert(model, prompt, latents: Tensor, steps: int, folder: Path, where: str, chunk: int = 0) -> tuple:
+def invert(
+    model, prompt, latents: Tensor, steps: int, folder: Path, where: str, chunk: int = 0, refine: int = 0
+) -> tuple:
     """Trajectory, descriptors and noisiest latent of a clip's ``latents`` (frames, 4, h, w), always begun anew.
 
     Args:
@@ -17,6 +19,7 @@ def invert(model, prompt, latents: Tensor, steps: int, folder: Path, where: str,
         folder: where the run is kept.
         where: who asks, for messages.
         chunk: frames at once; 0 leaves it to the pack.
+        refine: rounds in which each step is done again with the noise of its own result.
     """
     families, inversion = pack_module("nodes.patching.families"), pack_module("nodes.patching.inversion")
     trajectories, descriptors = pack_module("adaflow.trajectory"), pack_module("adaflow.descriptors")
@@ -30,7 +33,7 @@ def invert(model, prompt, latents: Tensor, steps: int, folder: Path, where: str,
     slice_rgb = latents.new_zeros(len(latents), latents.shape[2], 3)
     writer = descriptors.DescriptorWriter(path, shape, signature, fingerprint, run.key, slice_rgb, torch.float32)
     levels, text = trajectories.TrajectoryWriter(run), pack_module("nodes.patching.preview").NodeText(where)
-    noisiest = inversion.invert(model, prompt, latents, steps, levels, writer, where, text, chunk)
+    noisiest = inversion.invert(model, prompt, latents, steps, levels, writer, where, text, chunk, None, refine)
     trajectory = trajectories.Trajectory(run)
     trajectory.source = prompt
     return trajectory, descriptors.Descriptors(path, run), noisiest

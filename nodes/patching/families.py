@@ -31,8 +31,8 @@ class UNetFamily:
 FAMILIES: dict[int | type, UNetFamily] = {
     12: UNetFamily("SD 1.x / 2.x", levels=4, conv_block=4, attention_blocks=range(4, 12), descriptor_block=8),
     9: UNetFamily("SDXL", levels=3, conv_block=3, attention_blocks=range(3, 9), descriptor_block=5),
-    # SD 1.x's blocks, but at 192x128 pixels block 4 has 4x6 tokens, where SD's has 16x16 at 512: a feature so coarse lets
-    # what is recoloured jump. Block 6 is twice as fine.
+    # SD 1.x's blocks, but at 192x128 pixels block 4 has 4x6 tokens, where SD's has 16x16 at 512: a feature so coarse
+    # lets what is recoloured jump. Block 6 is twice as fine.
     DemoConfig: UNetFamily("demo model", levels=4, conv_block=6, attention_blocks=range(4, 12), descriptor_block=8),
 }
 
