@@ -16,8 +16,8 @@ from adaflow.demo import ATTRIBUTES, Clip
 
 DEMO_STEPS = 16
 # By what is changed: around an object all is to stay as it was, a scene changes as a whole.
-OBJECT_EDIT = {"cfg": 1.0, "feature_share": 1.0, "attention_share": 1.0}
-SCENE_EDIT = {"cfg": 4.0}
+OBJECT_EDIT = {"cfg": 1.0, "refine": 0}
+SCENE_EDIT = {"cfg": 2.0, "refine": 1}
 __all__ = ["ATTRIBUTES", "DEMO_STEPS", "demo_clip", "demo_settings", "render"]
 SOUND_RATE = 44100
 SEED = 75  # two shots of a car, one that follows it and one that stands still
@@ -27,14 +27,18 @@ CHUNK = 16  # frames drawn at once
 def demo_settings(changed: str = "") -> dict[str, dict[str, float]]:
     """What suits the demo model, by node and input.
 
-    Its descriptors of one shot differ by 0.01, those of two by 0.05 and more.
+    Its descriptors of one shot differ by 0.02, those of two by 0.1 and more.
 
     Args:
         changed: the attribute that is edited, if it is one.
     """
     edit = OBJECT_EDIT if changed == "colour" else SCENE_EDIT
-    thresholds = {"mean_threshold": 0.97, "window_threshold": 0.85}
-    return {"AdaFlowKeyframeSelect": thresholds, "AdaFlowJointKeyframeEdit": edit, "KSampler": {"cfg": edit["cfg"]}}
+    return {
+        "AdaFlowDDIMInvert": {"refine": edit["refine"]},
+        "AdaFlowKeyframeSelect": {"mean_threshold": 0.94, "window_threshold": 0.5},
+        "AdaFlowJointKeyframeEdit": {"cfg": edit["cfg"], "feature_share": 1.0, "attention_share": 1.0},
+        "KSampler": {"cfg": edit["cfg"]},
+    }
 
 
 def demo_clip(frames: int = 96, shots: int = 2, fps: int = 12) -> Clip:

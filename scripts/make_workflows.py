@@ -259,8 +259,8 @@ def demo_edit(object_info: dict) -> Workflow:
         "## Try it: no checkpoint, no clip\n"
         "Run. A red car, drawn by AdaFlow Demo Clip, becomes blue, with the small model that comes with this pack; on "
         "a CPU it takes some minutes.\n\n"
-        "Then change a word of what it shall show: *green*; or, with cfg at 4 and both shares at 0.8, *in winter*, "
-        "*at night*, *a watercolour of*: what changes the whole scene wants more guidance. For your own "
+        "Then change a word of what it shall show: *green*; or, with cfg at 2 in the joint edit and refine at 1 in the "
+        "inversion, *in winter*, *at night*, *a watercolour of*: what changes the whole scene wants both. For your own "
         "clip put AdaFlow Load Video and Load Checkpoint in place of the two nodes here, as in the basic edit."
     )
     parts.demo_prompts()
