@@ -108,6 +108,37 @@ def _is_conv(module: nn.Module, x: Tensor) -> bool:
     return module.weight.dtype == x.dtype
 
 
+class HeldLayouts:
+    """Weights of convolutions, held in channels_last: cuDNN would copy them into that layout in every call."""
+
+    def __init__(self):
+        self._seen: set[nn.Module] = set()
+        self._held: list[nn.Module] = []
+
+    def hold(self, block: nn.Module, x: Tensor) -> None:
+        """Those in ``block`` that work on images like ``x`` as they are; the first time it is asked for."""
+        if block in self._seen:
+            return
+        self._seen.add(block)
+        for module in block.modules():
+            if _is_conv(module, x) and module.weight[0, 0].numel() > 1 and module.weight.is_contiguous():
+                _lay_out(module.weight, torch.channels_last)
+                self._held.append(module)
+
+    def release(self) -> None:
+        """Give them their layout back, whatever weights the modules have by now."""
+        for module in self._held:
+            if not module.weight.is_contiguous():
+                _lay_out(module.weight, torch.contiguous_format)
+        self._seen.clear()
+        self._held.clear()
+
+
+def _lay_out(weight: Tensor, layout: torch.memory_format) -> None:
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.data = weight.data.contiguous(memory_format=layout)
+
+
 def _is_known_res_block(block: ResBlock, x: Tensor) -> bool:
     if block.updown or block.use_scale_shift_norm or block.exchange_temb_dims or x.ndim != 4:
         return False

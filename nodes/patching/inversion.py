@@ -64,6 +64,12 @@ class ChunkedInference:
         self.chunk = self.chunk or auto_chunk(unet_sizes(model, self.family, x.device), x.shape, 1, x.device)
         conds, ahead = prompts_on_device(conds, x.device), Ahead(x.device)
         out = [torch.zeros_like(x) for _ in conds]
+        with tapped(model.diffusion_model, self.family):
+            self._chunks(executor, model, conds, x, timestep, model_options, out, ahead)
+        return out
+
+    def _chunks(self, executor, model, conds, x, timestep, model_options, out: list[Tensor], ahead: Ahead) -> None:
+        """Evaluate chunk after chunk into ``out``."""
         start, begun = 0, time.perf_counter()
         while start < x.shape[0]:
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -75,11 +81,10 @@ class ChunkedInference:
                 return executor(model, parts, x_chunk, timestep[rows], with_pass(model_options, step_pass))
 
             try:
-                with tapped(model.diffusion_model, self.family):
-                    if self.on_chunk is None:
-                        predictions = evaluate(x[rows], UNetPass())
-                    else:
-                        predictions = self.on_chunk(evaluate, frames, x[rows])
+                if self.on_chunk is None:
+                    predictions = evaluate(x[rows], UNetPass())
+                else:
+                    predictions = self.on_chunk(evaluate, frames, x[rows])
             except RuntimeError as error:
                 pixels = f"of {8 * x.shape[3]}x{8 * x.shape[2]} pixels"
                 self.chunk = halved(error, len(frames), pixels, "use a smaller size", x.device)
@@ -91,7 +96,6 @@ class ChunkedInference:
                 ahead.wait()
                 self.pace.measured((time.perf_counter() - begun) * x.shape[0] / start)
             ahead.told()
-        return out
 
     def diffusion_model(self, executor, x, *args, **kwargs):
         return run_unet(executor, self.family, x, args, kwargs)

@@ -134,7 +134,8 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
     Every one is gone when the context is left, whatever the reason.
     """
-    undo = []
+    layouts = fast_blocks.HeldLayouts()
+    undo = [layouts.release]
 
     def put(module: nn.Module, forward: Callable) -> None:
         replaced = vars(module).get("forward")
@@ -158,6 +159,8 @@ def tapped(unet: nn.Module, family: UNetFamily):
             call = _running.get()
             if call is None or kwargs:
                 return original(*args, **kwargs)
+            if call.fast:
+                layouts.hold(block, args[0])
             feature = call.step_pass.given_feature(call) if block is conv and conv_is_free else None
             if feature is not None:
                 return block.skip_connection(args[0]) + feature
@@ -170,7 +173,10 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
         def forward(x):
             call = _running.get()
-            return original(x) if call is None or not call.fast else fast_blocks.run_out(out, original, x)
+            if call is None or not call.fast:
+                return original(x)
+            layouts.hold(out, x)
+            return fast_blocks.run_out(out, original, x)
 
         return forward
 
@@ -178,7 +184,10 @@ def tapped(unet: nn.Module, family: UNetFamily):
         original = block.forward
 
         def forward(*args, **kwargs):
-            out, call = original(*args, **kwargs), _running.get()
+            call = _running.get()
+            if call is not None and call.fast:
+                layouts.hold(block, args[0])
+            out = original(*args, **kwargs)
             if call is not None and made is not None:
                 call.step_pass.skip_made(made, out)
             if call is not None and wanted is not None:

@@ -1,5 +1,8 @@
 """Blocks run in channels_last with fused norms equal ComfyUI's own, here with PyTorch's operations for the kernels."""
 
+from contextlib import nullcontext
+
+import comfy.model_management
 import oracles
 import pytest
 import torch
@@ -10,7 +13,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.ops import manual_cast
 from graph import Graph, plain_euler, select
 from models import small_model
-from test_clean_up import leftovers
+from test_clean_up import Boom, cancel, failing, leftovers
 from test_compile import lora
 from test_conditioning import hints, random_controlnet, with_control
 
@@ -263,3 +266,47 @@ def test_hooks_and_weights_made_on_the_fly_act(graph, ran, monkeypatch):
 def test_a_run_of_comfyui_alone_is_untouched(graph, ran):
     plain_euler(graph.model, graph.noisiest, graph.sigmas(), graph.positive, graph.negative, 3.0)
     assert not ran[0]
+
+
+def layouts(graph) -> dict[str, tuple]:
+    return {name: value.stride() for name, value in graph.model.model.named_parameters()}
+
+
+@pytest.mark.parametrize("end", ["success", "exception", "cancel"])
+def test_weights_are_in_channels_last_while_fast_blocks_run_and_never_after(graph, monkeypatch, end):
+    def plain():
+        return plain_euler(graph.model, graph.noisiest, graph.sigmas(), graph.positive, graph.negative, 3.0)
+
+    def boom():
+        raise Boom
+
+    monkeypatch.setenv(fast_blocks.VARIABLE, "fast")
+    before, weights, seen = plain(), layouts(graph), []
+    convs = [module for module in graph.model.model.diffusion_model.modules() if isinstance(module, torch.nn.Conv2d)]
+    wide = [conv for conv in convs if conv.kernel_size != (1, 1)]
+    hold = fast_blocks.HeldLayouts.hold
+    monkeypatch.setattr(
+        fast_blocks.HeldLayouts,
+        "hold",
+        lambda held, block, x: (hold(held, block, x), seen.append([not w.weight.is_contiguous() for w in wide])),
+    )
+    model = graph.model if end == "success" else failing(graph.model, boom if end == "exception" else cancel, at=6)
+    expected = {"success": (), "exception": Boom, "cancel": comfy.model_management.InterruptProcessingException}[end]
+    with pytest.raises(expected) if expected else nullcontext():
+        edit(graph, model=model)
+    assert max(map(sum, seen)) == len(wide) - 2  # all but the first one and the one that the injection hooks
+    assert layouts(graph) == weights
+    assert torch.equal(plain(), before)
+
+
+def test_a_weight_that_somebody_replaces_meanwhile_stays(graph):
+    conv = torch.nn.Conv2d(4, 4, 3)
+    held, original = fast_blocks.HeldLayouts(), conv.weight.data.clone()
+    held.hold(conv, torch.zeros(1, 4, 8, 8))
+    assert not conv.weight.is_contiguous() and torch.equal(conv.weight, original)
+    conv.weight = torch.nn.Parameter(original + 1)
+    held.release()
+    assert torch.equal(conv.weight, original + 1)
+    held.hold(conv, torch.zeros(1, 4, 8, 8))
+    held.release()
+    assert conv.weight.is_contiguous() and torch.equal(conv.weight, original + 1)
