@@ -67,20 +67,37 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def add_layer_norm(
-    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, after: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``x + y``, and its LayerNorm over the channels; both of the type of ``x``.
 
     Args:
         weight, bias: (channels,), of any type; both or none.
+        after: (channels,), added to the sum that is returned, not to what is normalised.
     """
     if x.device.type == "cuda":
         from . import fused_triton
 
-        return fused_triton.add_layer_norm(x, y, weight, bias, eps)
+        return fused_triton.add_layer_norm(x, y, weight, bias, eps, after)
     total = x + y
     weight, bias = (None if values is None else values.to(x.dtype) for values in (weight, bias))
-    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    normalised = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    return total if after is None else total + after.to(x.dtype), normalised
+
+
+def upsample(x: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """The nearest token, for an image of another size.
+
+    Args:
+        x: (images, height * width, channels).
+        size, to: (height, width) before and after.
+    """
+    if x.device.type == "cuda":
+        from . import fused_triton
+
+        return fused_triton.upsample(x, size, to)
+    image = x.unflatten(1, tuple(size)).permute(0, 3, 1, 2)
+    return F.interpolate(image, to, mode="nearest").permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @functools.cache
@@ -94,6 +111,7 @@ def kernels_work(device: torch.device) -> bool:
         fused_triton.group_norm(x, 32, ones, ones, 1e-5, True, x[:, 0])
         fused_triton.add(x, x, ones)
         fused_triton.geglu(x)
-        fused_triton.add_layer_norm(x, x, ones, ones, 1e-5)
+        fused_triton.add_layer_norm(x, x, ones, ones, 1e-5, ones)
+        fused_triton.upsample(x, (4, 4), (7, 8))
 
     return kernels_run(probe, "its kernels for norms do not run here, the UNet's blocks run as they are")

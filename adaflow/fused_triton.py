@@ -137,10 +137,10 @@ def _geglu(x, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _add_layer_norm(
-    x, y, weight, bias, total, out, rows, channels, eps,
-    ROWS: tl.constexpr, PADDED: tl.constexpr, AFFINE: tl.constexpr,
+    x, y, weight, bias, after, total, out, rows, channels, eps,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, AFFINE: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows at a time. The sum is rounded as it is stored before it is normalised."""
+    """Whole rows at a time. The sum is rounded to its type before it is normalised."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, PADDED)
     inside = channel < channels
@@ -148,15 +148,32 @@ def _add_layer_norm(
     where = row[:, None] * channels + channel[None, :]
     value = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
     value += tl.load(y + where, mask=mask, other=0.0).to(tl.float32)
-    rounded = value.to(total.dtype.element_ty)
-    tl.store(total + where, rounded, mask=mask)
-    value = rounded.to(tl.float32)
+    value = value.to(total.dtype.element_ty).to(tl.float32)
+    stored = value
+    if AFTER:
+        stored += tl.load(after + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(total + where, stored.to(total.dtype.element_ty), mask=mask)
     value = tl.where(inside[None, :], value - (tl.sum(value, 1) / channels)[:, None], 0.0)
     value *= (1.0 / tl.sqrt(tl.sum(value * value, 1) / channels + eps))[:, None]
     if AFFINE:
         value *= tl.load(weight + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
         value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
     tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _upsample(
+    x, out, height, width, to_height, to_width, channels, y_scale, x_scale, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    image = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = (row < to_height * to_width)[:, None] & (channel < channels)[None, :]
+    from_y = tl.minimum(((row // to_width).to(tl.float32) * y_scale).to(tl.int32), height - 1)
+    from_x = tl.minimum(((row % to_width).to(tl.float32) * x_scale).to(tl.int32), width - 1)
+    source = (image * height * width + from_y * width + from_x)[:, None] * channels + channel[None, :]
+    target = (image * to_height * to_width + row)[:, None] * channels + channel[None, :]
+    tl.store(out + target, tl.load(x + source, mask=mask, other=0.0), mask=mask)
 
 
 def _tile(channels: int) -> tuple[int, int]:
@@ -224,7 +241,7 @@ def geglu(x: Tensor) -> Tensor:
 
 
 def add_layer_norm(
-    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, after: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`..fused.add_layer_norm`."""
     x, y = x.contiguous(), y.contiguous()
@@ -233,7 +250,22 @@ def add_layer_norm(
     rows = max(1, TILE // padded)
     with torch.cuda.device_of(x):
         _add_layer_norm[(triton.cdiv(count, rows),)](
-            x, y, weight if affine else x, bias if affine else x, total, out, count, channels, eps,
-            ROWS=rows, PADDED=padded, AFFINE=affine, num_warps=4,
+            x, y, weight if affine else x, bias if affine else x, x if after is None else after, total, out,
+            count, channels, eps, ROWS=rows, PADDED=padded, AFFINE=affine, AFTER=after is not None, num_warps=4,
         )  # fmt: skip
     return total, out
+
+
+def upsample(x: Tensor, size: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """See :func:`..fused.upsample`."""
+    x = x.contiguous()
+    images, _, channels = x.shape
+    (height, width), (to_height, to_width) = size, to
+    out = x.new_empty(images, to_height * to_width, channels)
+    rows, across = _tile(channels)
+    with torch.cuda.device_of(x):
+        _upsample[(triton.cdiv(channels, across), triton.cdiv(out.shape[1], rows), images)](
+            x, out, height, width, to_height, to_width, channels, height / to_height, width / to_width,
+            ROWS=rows, CHANNELS=across, num_warps=4,
+        )  # fmt: skip
+    return out

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from comfy import ops
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock, CrossAttention, FeedForward, SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from torch import Tensor, nn
 
 from ...adaflow import fused
@@ -25,8 +25,8 @@ BLOCK_PATCHES = {
     "attn1_patch", "attn1_output_patch", "middle_patch", "attn2_patch", "attn2_output_patch",
 }  # fmt: skip
 _OPERATIONS = (nn, ops.disable_weight_init, ops.manual_cast)
-_CONVS, _GROUP_NORMS, _LAYER_NORMS = (
-    tuple(getattr(kinds, name) for kinds in _OPERATIONS) for name in ("Conv2d", "GroupNorm", "LayerNorm")
+_CONVS, _GROUP_NORMS, _LAYER_NORMS, _LINEARS = (
+    tuple(getattr(kinds, name) for kinds in _OPERATIONS) for name in ("Conv2d", "GroupNorm", "LayerNorm", "Linear")
 )
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Those of ComfyUI's that compute just attention and heed no attn_precision, which asks for scores in float32.
@@ -69,6 +69,14 @@ def run_out(out: nn.Module, forward: Callable, x: Tensor) -> Tensor:
     if not (_is(out, nn.Sequential) and len(out) == 3 and _is_norm(out[0], x) and _is(out[1], nn.SiLU)):
         return forward(x)
     return out[2](_image(_group_norm(out[0], _tokens(x), silu=True), x.shape[2:]))
+
+
+def run_upsample(block: Upsample, forward: Callable, x: Tensor, output_shape=None) -> Tensor:
+    """The output of ``block``: nearest tokens, convolution."""
+    if block.dims != 2 or not block.use_conv or x.ndim != 4:
+        return forward(x, output_shape=output_shape)
+    to = (2 * x.shape[2], 2 * x.shape[3]) if output_shape is None else tuple(output_shape[2:4])
+    return block.conv(_image(fused.upsample(_tokens(x), tuple(x.shape[2:]), to), to))
 
 
 def _is(module: nn.Module, *kinds: type) -> bool:
@@ -245,8 +253,9 @@ def _inner(inner: BasicTransformerBlock, x: Tensor, context, options: dict, atte
         attended = _prompt_attention(inner.attn2, n, context)
     else:
         attended = inner.attn2(n, context=context, value=None, **passed)
-    x, n = _add_layer_norm(inner.norm3, x, attended)
-    return _add_feed_forward(inner.ff, n, x)
+    last = _accumulating(inner.ff, x)
+    x, n = _add_layer_norm(inner.norm3, x, attended, None if last is None else last.bias)
+    return _add_feed_forward(inner.ff, n, x, last)
 
 
 def _is_plain_attention(attn: nn.Module, options: dict) -> bool:
@@ -260,16 +269,35 @@ def _prompt_attention(attn: CrossAttention, x: Tensor, context: Tensor) -> Tenso
     return attn.to_out(prompt_attention(attn.to_q(x), attn.to_k(context), attn.to_v(context), attn.heads))
 
 
-def _add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return fused.add_layer_norm(x, y.to(x.dtype), *_weights(norm, x), norm.eps)
+def _add_layer_norm(norm: nn.LayerNorm, x: Tensor, y: Tensor, after: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return fused.add_layer_norm(x, y.to(x.dtype), *_weights(norm, x), norm.eps, after)
 
 
-def _add_feed_forward(ff: nn.Module, n: Tensor, x: Tensor) -> Tensor:
-    """``ff(n) + x``, written over ``x``; of some images at a time, since the widest activations are in there."""
-    if not (_is(ff, FeedForward) and _is(ff.net, nn.Sequential) and len(ff.net) == 3 and _is(ff.net[0], GEGLU)):
+def _is_geglu(ff: nn.Module) -> bool:
+    return _is(ff, FeedForward) and _is(ff.net, nn.Sequential) and len(ff.net) == 3 and _is(ff.net[0], GEGLU)
+
+
+def _accumulating(ff: nn.Module, x: Tensor) -> nn.Module | None:
+    """A feed forward's last projection, if its product can be added up in ``x``, to which its bias was added before."""
+    if not _is_geglu(ff) or not _is(ff.net[2], *_LINEARS) or not _is_ready(ff.net[2], x):
+        return None
+    return ff.net[2] if ff.net[2].weight.dtype == x.dtype else None
+
+
+def _add_feed_forward(ff: nn.Module, n: Tensor, x: Tensor, last: nn.Module | None) -> Tensor:
+    """``ff(n) + x``, written over ``x``; of some images at a time, since the widest activations are in there.
+
+    Args:
+        last: of :func:`_accumulating`.
+    """
+    if not _is_geglu(ff):
         return ff(n) + x
     (gated, dropout, narrow), wide = ff.net, ff.net[0].proj.out_features
     together = max(1, WIDE_BYTES // (n.shape[1] * wide * n.element_size()))
     for images, rest in zip(n.split(together), x.split(together), strict=True):
-        rest += narrow(dropout(fused.geglu(gated.proj(images))))
+        between = dropout(fused.geglu(gated.proj(images)))
+        if last is None:
+            rest += narrow(between)
+        else:
+            rest.flatten(0, 1).addmm_(between.flatten(0, 1), last.weight.t())
     return x

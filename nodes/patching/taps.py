@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from torch import Tensor, nn
 
 from ...adaflow.descriptors import layer_sizes
@@ -168,6 +168,17 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
         return forward
 
+    def upsample_forward(block: Upsample):
+        original = block.forward
+
+        def forward(x, output_shape=None):
+            call = _running.get()
+            if call is None or not call.fast:
+                return original(x, output_shape=output_shape)
+            return fast_blocks.run_upsample(block, original, x, output_shape)
+
+        return forward
+
     def out_forward(out: nn.Module):
         original = out.forward
 
@@ -218,6 +229,8 @@ def tapped(unet: nn.Module, family: UNetFamily):
             if type(block) in (ResBlock, SpatialTransformer) and "forward" not in vars(block):
                 inside = set(block.modules())
                 put(block, block_forward(block, [tap for tap in attentions if tap[1] in inside]))
+            if type(block) is Upsample and "forward" not in vars(block):
+                put(block, upsample_forward(block))
         if "forward" not in vars(unet.out):
             put(unet.out, out_forward(unet.out))
         if unet.middle_block is not None:

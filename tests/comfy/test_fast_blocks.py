@@ -9,7 +9,7 @@ import torch
 from adaflow_pack.nodes.patching import fast_blocks
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from comfy.ops import manual_cast
 from graph import Graph, plain_euler, select
 from models import small_model
@@ -155,6 +155,28 @@ def test_attention_to_a_prompt_that_is_changed_stays_as_it_is(prompts, monkeypat
         monkeypatch.setattr(attention, "optimized_attention", lambda *args, **kwargs: 2 * args[0])
         changed.append(found_and_own({}))
         assert all(oracles.relative_error(own, plain) > 1e-3 for own in changed)
+
+
+def test_upsampling_equals_its_own_forward(ran):
+    for block in blocks_of(small_model("sd2"), Upsample):
+        for shape in (None, (2, 1, 5, 9)):
+            x = torch.randn(2, block.channels, 3, 5)
+            found = fast_blocks.run_upsample(block, refuse, x, shape)
+            assert oracles.relative_error(found, block(x, output_shape=shape)) < 1e-6
+
+
+def test_a_feed_forward_is_added_up_in_place_or_as_it_is(monkeypatch):
+    """The same where its last projection does not work as it is: here, of another type."""
+    block = next(iter(blocks_of(small_model("sd2"), SpatialTransformer)))
+    inner, x = block.transformer_blocks[0], torch.randn(2, 6, block.in_channels)
+    found = fast_blocks._accumulating(inner.ff, x)
+    assert found is inner.ff.net[2] and found.bias is not None
+    assert fast_blocks._accumulating(inner.ff, x.double()) is None
+    normed = inner.norm3(x)
+    plain = fast_blocks._add_feed_forward(inner.ff, normed, x.clone(), None)
+    summed = fast_blocks._add_feed_forward(inner.ff, normed, x + found.bias, found)
+    assert oracles.relative_error(summed, inner.ff(normed) + x) < 1e-6
+    assert oracles.relative_error(summed, plain) < 1e-6
 
 
 def test_weights_of_another_type_are_cast():

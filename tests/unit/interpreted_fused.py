@@ -49,10 +49,29 @@ def add_layer_norm_errors(kernels, dtype: torch.dtype) -> list[float]:
     errors = []
     for shape in ((3, 7, 40), (2, 9, 320)):
         x, y = torch.randn(shape).to(dtype), (torch.randn(shape) + 20).to(dtype)
-        weight, bias = torch.randn(shape[-1]).to(dtype), torch.randn(shape[-1])
-        total, out = kernels.add_layer_norm(x, y, weight, bias, 1e-5)
+        weight, bias, after = torch.randn(shape[-1]).to(dtype), torch.randn(shape[-1]), torch.randn(shape[-1])
+        total, out = kernels.add_layer_norm(x, y, weight, bias, 1e-5, None)
         errors.append(oracles.relative_error(total, x.double() + y.double()))
         errors.append(oracles.relative_error(out, oracles.layer_norm(total, weight, bias, 1e-5)))
+        more, same = kernels.add_layer_norm(x, y, weight, bias, 1e-5, after)
+        errors.append(oracles.relative_error(more, total.double() + after.double()))
+        errors.append(float(not torch.equal(same, out)))
+    return errors
+
+
+def upsample_errors(kernels, dtype: torch.dtype) -> list[float]:
+    """0 where every bit is PyTorch's."""
+    errors = []
+    for channels, size, to in (
+        (40, (6, 11), (12, 21)),
+        (130, (5, 4), (10, 8)),
+        (16, (3, 7), (8, 15)),
+        (3, (9, 5), (4, 5)),
+    ):
+        image = torch.randn(2, channels, *size).to(dtype)
+        expected = torch.nn.functional.interpolate(image, to, mode="nearest")
+        found = kernels.upsample(image.permute(0, 2, 3, 1).flatten(1, 2), size, to)
+        errors.append(float(not torch.equal(found.unflatten(1, to).permute(0, 3, 1, 2), expected)))
     return errors
 
 
@@ -61,6 +80,7 @@ KERNELS = {
     "geglu": geglu_errors,
     "add": add_errors,
     "add_layer_norm": add_layer_norm_errors,
+    "upsample": upsample_errors,
 }
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from adaflow_pack.adaflow import fused
 from interpreted_kernel import interpreted
 
 TOLERANCE = {"float16": 4e-4, "float32": 2e-5}
-COUNTS = {"group_norm": 6, "geglu": 3, "add": 2, "add_layer_norm": 4}
+COUNTS = {"group_norm": 6, "geglu": 3, "add": 2, "add_layer_norm": 8, "upsample": 4}
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,11 @@ def test_the_other_plain_operations_equal_their_oracles():
     total, out = fused.add_layer_norm(x, y, weight, bias, 1e-5)
     assert torch.equal(total, x + y)
     assert oracles.relative_error(out, oracles.layer_norm(total, weight, bias, 1e-5)) < 1e-5
+    more, same = fused.add_layer_norm(x, y, weight, bias, 1e-5, weight)
+    assert torch.equal(more, total + weight.float()) and torch.equal(same, out)
+    rows, columns = ([0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2, 3, 3])  # of 3x4 tokens, 5x8
+    nearest = fused.upsample(x[:, :, :5].repeat(1, 2, 1)[:, :12], (3, 4), (5, 8)).unflatten(1, (5, 8))
+    assert torch.equal(nearest, x[:, :, :5].repeat(1, 2, 1)[:, :12].unflatten(1, (3, 4))[:, rows][:, :, columns])
 
 
 def test_kernels_that_cannot_run_are_said_and_not_used(caplog):
