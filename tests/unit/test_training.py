@@ -300,6 +300,7 @@ def test_trained_weights_are_evaluated_with_the_packs_inversion(small_training, 
     assert json.loads(log[-1])["stage"] == "autoencoder on held-out world"
     assert found["captions drawn from noise"]["count"] == 2
     clip = found["clip.mp4, dB"]
-    first, second, *back = clip["seen"]  # noise levels that the network was told
+    first, refined, second, also, *back = clip["seen"]  # noise levels that the network was told
     assert first < second and back == [second, first], "the way up sees the level that it goes to"
+    assert (refined, also) == (first, second), "and once more, to refine the step"
     assert all(np.isfinite(value) for name, value in clip.items() if name != "seen")
