@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernels import kernels_run
+from .kernels import HALF, kernels_run
 
 BACKEND_VARIABLE = "ADAFLOW_ATTENTION"  # "sdpa", "cudnn" or "triton", for benchmarks and tests: overrules the tables
 PROMPT_KEYS, PROMPT_CHANNELS = 256, 256  # at most, of a prompt and of a head, that the kernel for prompts takes
@@ -25,7 +25,6 @@ GATHER_BYTES = 128 << 20  # of kept keys and values that are copied together: of
 KERNEL_FASTER: dict[tuple[int, int], dict[int, range]] = {(9, 0): {64: range(1, 1009)}}
 # The same where PyTorch's attention, after a gather, is faster with cuDNN than with what it chooses by itself.
 CUDNN_FASTER: dict[tuple[int, int], dict[int, range]] = {}
-HALF = (torch.float16, torch.bfloat16)
 CUDNN_FIRST = [
     getattr(SDPBackend, name)
     for name in ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")

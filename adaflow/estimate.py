@@ -155,11 +155,8 @@ def edit_needs(
     # on the host are skip connections too: in their stead what a chunk that waits holds, and the keys and values
     kept = Amount(0 if on_host else waiting, keyframes * keyframe.about - (waiting if on_host else 0))
     cached = Amount(0, min(CACHE_BYTES, shape[0] * 4 * size[0] * size[1]))
-    ram = (
-        _latents(shape, 2, RAM_LATENTS)
-        + cached
-        + (Amount(waiting, keyframes * keyframe.about) if on_host else Amount(0, 0))
-    )
+    moved = Amount(waiting, keyframes * keyframe.about) if on_host else Amount(0, 0)
+    ram = _latents(shape, 2, RAM_LATENTS) + cached + moved
     return Needs(_latents(shape, 3 + branches, EDIT_LATENTS) + kept + forward, ram)
 
 

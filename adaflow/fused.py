@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .kernels import kernels_run
 
-HALF = (torch.float16, torch.bfloat16)
-
 
 def group_norm(
     x: Tensor,

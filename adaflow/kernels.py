@@ -3,7 +3,10 @@
 import logging
 from collections.abc import Callable
 
+import torch
+
 logger = logging.getLogger(__name__)
+HALF = (torch.float16, torch.bfloat16)  # in which kernels take the place of PyTorch's own choice
 
 
 def kernels_run(probe: Callable[[], object], what: str) -> bool:

@@ -99,6 +99,12 @@ def try_tiles(kernel, device: str, levels: dict) -> list[dict]:
     return rows
 
 
+def fastest(rows: list[dict]) -> tuple[int, ...]:
+    """The tiling that took least at the finest resolution, of those that were tried."""
+    finest = [row for row in rows if "ms" in row and row["tokens"] == rows[0]["tokens"]]
+    return min(finest, key=lambda row: row["ms"])["tiles"]
+
+
 def prompt_inputs(tokens: int, heads: int, images: int, keys: int, device: str):
     """Random q, k, v of images with a prompt each."""
     width = heads * CHANNELS
@@ -163,8 +169,7 @@ def main() -> None:
     images, prompt, prompt_tiles = (2, 7, None) if options.small else (64, 77, None)
     if options.tiles:
         results["tiles for prompts"] = rows = try_prompt_tiles(attention_triton, device, levels, images, prompt)
-        finest = [row for row in rows if "ms" in row and row["tokens"] == rows[0]["tokens"]]
-        prompt_tiles = attention_triton.PromptTiles(*min(finest, key=lambda row: row["ms"])["tiles"])
+        prompt_tiles = attention_triton.PromptTiles(*fastest(rows))
         results["tiles for prompts chosen"] = str(prompt_tiles)
     results["prompts"] = [
         compare_prompts(modules, height * width, heads, images, prompt, device, prompt_tiles)
@@ -181,8 +186,7 @@ def extended(options, modules, levels: dict, budgets: list[int], queries: list[i
     (_, attention_triton), results, tiles = modules, {}, None
     if options.tiles:
         results["tiles"] = rows = try_tiles(attention_triton, device, levels if not options.small else {(2, 3): 1})
-        finest = [row for row in rows if "ms" in row and row["tokens"] == rows[0]["tokens"]]
-        tiles = attention_triton.Tiles(*min(finest, key=lambda row: row["ms"])["tiles"])
+        tiles = attention_triton.Tiles(*fastest(rows))
         results["tiles chosen"] = str(tiles)
     results["rows"] = [
         compare(modules, height * width, heads, count, budget, device, tiles)

@@ -376,7 +376,7 @@ class _Evaluation:
         if self.injection.conv or self.injection.attention:
             for frames in chunks:
                 self._evaluate(self.sources, frames, SourceJointPass(self.state), source=True)
-        together = [self.conds]
+        together, parks = [self.conds], self._parks(chunks)
         if len(chunks) > 1:
             together = [
                 [branch if branch is only else None for branch in self.conds] for only in self.conds if only is not None
@@ -385,8 +385,8 @@ class _Evaluation:
             exchange, workers, row = lockstep.Exchange([len(frames) for frames in chunks]), [], 0
             last = len(chunks) > 1 and conds is together[-1]  # then each chunk is one forward
             for number, frames in enumerate(chunks):
-                rows, parked = slice(row, row + len(frames)), ParkedSkips() if self._parks(chunks) else None
-                step_pass = EditJointPass(self.state, exchange, number, rows, last, parked)
+                parked = ParkedSkips() if parks else None
+                step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)), last, parked)
                 workers.append(partial(self._evaluate, conds, frames, step_pass))
                 row += len(frames)
             finished = lockstep.run_in_lockstep(workers, partial(give_back, self.x.device))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...adaflow import fused
 from ...adaflow.attention import prompt_attention
+from ...adaflow.kernels import HALF
 
 WIDE_BYTES = 256 << 20  # of a feed forward's widest activation
 VARIABLE = "ADAFLOW_BLOCKS"  # "own" or "fast", for benchmarks and tests: overrules the choice by device
@@ -46,7 +47,7 @@ def run_on(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     if device.type != "cuda":
         return asked == "fast"
-    return dtype in fused.HALF and fused.kernels_work(device)
+    return dtype in HALF and fused.kernels_work(device)
 
 
 def run(block: nn.Module, forward: Callable, args: tuple, given: Callable[[int], Tensor | None]) -> Tensor:
@@ -120,15 +121,11 @@ class HeldLayouts:
     """Weights of convolutions, held in channels_last: cuDNN would copy them into that layout in every call."""
 
     def __init__(self):
-        self._seen: set[nn.Module] = set()
         self._held: list[nn.Module] = []
 
-    def hold(self, block: nn.Module, x: Tensor) -> None:
-        """Those in ``block`` that work on images like ``x`` as they are; the first time it is asked for."""
-        if block in self._seen:
-            return
-        self._seen.add(block)
-        for module in block.modules():
+    def hold(self, unet: nn.Module, x: Tensor) -> None:
+        """Those in ``unet`` that work on images like ``x`` as they are."""
+        for module in unet.modules():
             if _is_conv(module, x) and module.weight[0, 0].numel() > 1 and module.weight.is_contiguous():
                 _lay_out(module.weight, torch.channels_last)
                 self._held.append(module)
@@ -138,7 +135,6 @@ class HeldLayouts:
         for module in self._held:
             if not module.weight.is_contiguous():
                 _lay_out(module.weight, torch.contiguous_format)
-        self._seen.clear()
         self._held.clear()
 
 

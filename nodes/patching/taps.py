@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
@@ -159,8 +160,6 @@ def tapped(unet: nn.Module, family: UNetFamily):
             call = _running.get()
             if call is None or kwargs:
                 return original(*args, **kwargs)
-            if call.fast:
-                layouts.hold(block, args[0])
             feature = call.step_pass.given_feature(call) if block is conv and conv_is_free else None
             if feature is not None:
                 return block.skip_connection(args[0]) + feature
@@ -184,10 +183,18 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
         def forward(x):
             call = _running.get()
-            if call is None or not call.fast:
-                return original(x)
-            layouts.hold(out, x)
-            return fast_blocks.run_out(out, original, x)
+            return original(x) if call is None or not call.fast else fast_blocks.run_out(out, original, x)
+
+        return forward
+
+    def first_forward(first: nn.Module):
+        original, fast_forwards = first.forward, count(1)
+
+        def forward(*args, **kwargs):
+            call = _running.get()
+            if call is not None and call.fast and next(fast_forwards) == 2:  # for one it would be a copy more
+                layouts.hold(unet, args[0])
+            return original(*args, **kwargs)
 
         return forward
 
@@ -195,10 +202,7 @@ def tapped(unet: nn.Module, family: UNetFamily):
         original = block.forward
 
         def forward(*args, **kwargs):
-            call = _running.get()
-            if call is not None and call.fast:
-                layouts.hold(block, args[0])
-            out = original(*args, **kwargs)
+            out, call = original(*args, **kwargs), _running.get()
             if call is not None and made is not None:
                 call.step_pass.skip_made(made, out)
             if call is not None and wanted is not None:
@@ -233,6 +237,7 @@ def tapped(unet: nn.Module, family: UNetFamily):
                 put(block, upsample_forward(block))
         if "forward" not in vars(unet.out):
             put(unet.out, out_forward(unet.out))
+        put(unet.input_blocks[0][0], first_forward(unet.input_blocks[0][0]))
         if unet.middle_block is not None:
             for number, block in enumerate(unet.input_blocks):
                 put(block[-1], skips_forward(block[-1], number, None))

@@ -7,13 +7,14 @@ import oracles
 import pytest
 import torch
 from adaflow_pack.nodes.patching import fast_blocks
+from broken_runs import Boom, boom
 from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from comfy.ops import manual_cast
 from graph import Graph, plain_euler, select
 from models import small_model
-from test_clean_up import Boom, cancel, failing, leftovers
+from test_clean_up import cancel, failing, leftovers, plain
 from test_compile import lora
 from test_conditioning import hints, random_controlnet, with_control
 
@@ -296,21 +297,15 @@ def layouts(graph) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("end", ["success", "exception", "cancel"])
 def test_weights_are_in_channels_last_while_fast_blocks_run_and_never_after(graph, monkeypatch, end):
-    def plain():
-        return plain_euler(graph.model, graph.noisiest, graph.sigmas(), graph.positive, graph.negative, 3.0)
-
-    def boom():
-        raise Boom
-
     monkeypatch.setenv(fast_blocks.VARIABLE, "fast")
-    before, weights, seen = plain(), layouts(graph), []
+    before, weights, seen = plain(graph), layouts(graph), []
     convs = [module for module in graph.model.model.diffusion_model.modules() if isinstance(module, torch.nn.Conv2d)]
     wide = [conv for conv in convs if conv.kernel_size != (1, 1)]
     hold = fast_blocks.HeldLayouts.hold
     monkeypatch.setattr(
         fast_blocks.HeldLayouts,
         "hold",
-        lambda held, block, x: (hold(held, block, x), seen.append([not w.weight.is_contiguous() for w in wide])),
+        lambda held, unet, x: (hold(held, unet, x), seen.append([not w.weight.is_contiguous() for w in wide])),
     )
     model = graph.model if end == "success" else failing(graph.model, boom if end == "exception" else cancel, at=6)
     expected = {"success": (), "exception": Boom, "cancel": comfy.model_management.InterruptProcessingException}[end]
@@ -318,7 +313,7 @@ def test_weights_are_in_channels_last_while_fast_blocks_run_and_never_after(grap
         edit(graph, model=model)
     assert max(map(sum, seen)) == len(wide) - 2  # all but the first one and the one that the injection hooks
     assert layouts(graph) == weights
-    assert torch.equal(plain(), before)
+    assert torch.equal(plain(graph), before)
 
 
 def test_a_weight_that_somebody_replaces_meanwhile_stays(graph):
