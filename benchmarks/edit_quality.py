@@ -117,10 +117,11 @@ def settings_of(options: Options) -> list[Setting]:
         for interpolate in (False, True):
             name = prefix + OWN + INTERPOLATED * interpolate
             made.append(Setting(name, "adaptive", options.budgets[0], interpolate, injected))
-    for interpolate in (False, True):
-        for budget in (0, *options.budgets):
-            name = SHORT.format(budget or "unlimited") + INTERPOLATED * interpolate
-            made.append(Setting(name, "short", budget, interpolate))
+    for injected, budgets in ((True, (0, *options.budgets)), (False, options.budgets[:2])):
+        for interpolate in (False, True):
+            for budget in budgets:
+                name = SHORT.format(budget or "unlimited") + INTERPOLATED * interpolate
+                made.append(Setting(name if injected else NOT_INJECTED + name, "short", budget, interpolate, injected))
     return made
 
 

@@ -213,8 +213,10 @@ def verdicts(pieces: list[dict]) -> list[dict]:
 
     Against frame by frame editing half the warping error at no less PSNR, and of budget 8 less than 0.5 dB lost.
     """
-    pairs = [(prefix + OWN + last, prefix + EACH) for prefix in ("", NOT_INJECTED) for last in ("", INTERPOLATED)]
-    pairs += [(SHORT.format(8) + last, FULL + last) for last in ("", INTERPOLATED)]
+    owns = (OWN, *(SHORT.format(budget) for budget in (20, 8)))
+    lasts, prefixes = ("", INTERPOLATED), ("", NOT_INJECTED)
+    pairs = [(prefix + own + last, prefix + EACH) for prefix in prefixes for own in owns for last in lasts]
+    pairs += [(SHORT.format(8) + last, FULL + last) for last in lasts]
     pairs = [pair for pair in pairs if set(pair) <= set(pieces[0]["measures"])]
     found = []
     for edit, chosen in {**by_edit(pieces), "all": pieces}.items():
