@@ -4,6 +4,8 @@ They work on tokens, (images, tokens, channels) contiguous, which is how a chann
 come in and go out in the tensor's own type, all sums are kept in float32. What they compute is said in ``fused.py``.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -11,10 +13,11 @@ from torch import Tensor
 
 TILE = 2048  # values that one program works on at a time
 STEPS = 8  # tiles that one program sums up
-PARTS = 32  # partial sums that are joined at a time
+PARTS = 8  # partial sums that are joined at a time
+WIDTH = 32  # channels of a group that are joined at a time, at least: each number would be compiled by itself
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _partial_moments(
     x, means, squares, tokens, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
@@ -48,10 +51,10 @@ def _partial_moments(
     tl.store(squares + out, tl.sum(square, 0), mask=channel < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "width", "parts", "part_tokens", "shift_stride"])
 def _group_moments(
     means, squares, shift, weight, centre, scale, tokens, channels, width, parts, part_tokens, shift_stride, eps,
-    CHUNKS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, AFFINE: tl.constexpr,
+    PARTS: tl.constexpr, PADDED: tl.constexpr, SHIFTED: tl.constexpr, AFFINE: tl.constexpr,
 ):  # fmt: skip
     """Join the partial moments of one group of one image; by channel, what to subtract and what to multiply with."""
     image, group = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -64,16 +67,16 @@ def _group_moments(
     base = image * parts * channels
     size = 1.0 * tokens * width
     total = tl.zeros([PARTS, PADDED], tl.float32)
-    for chunk in range(CHUNKS):
-        part = chunk * PARTS + tl.arange(0, PARTS)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
         mask = (part < parts)[:, None] & inside[None, :]
         count = tl.minimum(tokens - part * part_tokens, part_tokens).to(tl.float32)[:, None]
         mean = tl.load(means + base + part[:, None] * channels + channel[None, :], mask=mask, other=0.0)
         total += tl.where(mask, count * (mean + moved[None, :]), 0.0)
     middle = tl.sum(tl.sum(total, 0), 0) / size
     total = tl.zeros([PARTS, PADDED], tl.float32)
-    for chunk in range(CHUNKS):
-        part = chunk * PARTS + tl.arange(0, PARTS)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
         mask = (part < parts)[:, None] & inside[None, :]
         where = base + part[:, None] * channels + channel[None, :]
         count = tl.minimum(tokens - part * part_tokens, part_tokens).to(tl.float32)[:, None]
@@ -88,7 +91,7 @@ def _group_moments(
     tl.store(scale + image * channels + channel, factors, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _normalise(
     x, centre, scale, bias, out, tokens, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, AFFINE: tl.constexpr, SILU: tl.constexpr,
@@ -110,7 +113,7 @@ def _normalise(
     tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add(x, y, bias, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -123,7 +126,7 @@ def _add(x, y, bias, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.const
     tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _geglu(x, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -136,6 +139,26 @@ def _geglu(x, out, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
+def _gated_linear(
+    x, weight, bias, out, channels, inner, ROWS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr
+):  # fmt: skip
+    """A tile of both halves of a product, and of them its own tile of the result. All but ``bias`` are descriptors."""
+    row, column = tl.program_id(1) * ROWS, tl.program_id(0) * CHANNELS
+    value = tl.zeros([ROWS, CHANNELS], tl.float32)
+    gate = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for start in range(0, inner, INNER):
+        loaded = x.load([row, start])
+        value = tl.dot(loaded, weight.load([column, start]).T, value, input_precision="ieee")
+        gate = tl.dot(loaded, weight.load([channels + column, start]).T, gate, input_precision="ieee")
+    channel = column + tl.arange(0, CHANNELS)
+    inside = channel < channels
+    value += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    gate += tl.load(bias + channels + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value *= 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    out.store([row, column], value.to(out.dtype))
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _add_layer_norm(
     x, y, weight, bias, after, total, out, rows, channels, eps,
     ROWS: tl.constexpr, PADDED: tl.constexpr, AFFINE: tl.constexpr, AFTER: tl.constexpr,
@@ -161,7 +184,7 @@ def _add_layer_norm(
     tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "to_height", "to_width"])
 def _upsample(
     x, out, height, width, to_height, to_width, channels, y_scale, x_scale, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -174,6 +197,17 @@ def _upsample(
     source = (image * height * width + from_y * width + from_x)[:, None] * channels + channel[None, :]
     target = (image * to_height * to_width + row)[:, None] * channels + channel[None, :]
     tl.store(out + target, tl.load(x + source, mask=mask, other=0.0), mask=mask)
+
+
+@dataclass(frozen=True)
+class ProductTiles:
+    """Rows and channels of a result that one program makes, channels multiplied at a time, how Triton runs it."""
+
+    rows: int = 128
+    channels: int = 64
+    inner: int = 64
+    warps: int = 4
+    stages: int = 2
 
 
 def _tile(channels: int) -> tuple[int, int]:
@@ -197,7 +231,6 @@ def group_norm(
     affine = weight is not None
     if shift is not None and shift.stride(-1) != 1:
         shift = shift.contiguous()
-    together = min(PARTS, triton.next_power_of_2(parts))
     with torch.cuda.device_of(x):
         _partial_moments[(columns, parts, images)](
             x, means, squares, tokens, channels, ROWS=rows, CHANNELS=across, STEPS=STEPS, num_warps=4
@@ -205,7 +238,7 @@ def group_norm(
         _group_moments[(groups, images)](
             means, squares, x if shift is None else shift, weight if affine else x, centre, scale,
             tokens, channels, width, parts, rows * STEPS, 0 if shift is None else shift.stride(0), eps,
-            CHUNKS=triton.cdiv(parts, together), PARTS=together, PADDED=triton.next_power_of_2(width),
+            PARTS=PARTS, PADDED=max(WIDTH, triton.next_power_of_2(width)),
             SHIFTED=shift is not None, AFFINE=affine, num_warps=4,
         )  # fmt: skip
         _normalise[(columns, triton.cdiv(tokens, rows), images)](
@@ -238,6 +271,31 @@ def geglu(x: Tensor) -> Tensor:
             x, out, count, channels, ROWS=rows, CHANNELS=across, num_warps=4
         )  # fmt: skip
     return out
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, tiles: ProductTiles = ProductTiles()) -> Tensor:
+    """See :func:`..fused.gated_linear`.
+
+    Args:
+        x: of channels that are a multiple of 8, on a GPU that copies tiles by itself (compute capability 9 or more).
+        tiles: to be tried in place of the default.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    shape, inner, channels = x.shape, x.shape[-1], weight.shape[0] // 2
+    x, weight = x.reshape(-1, inner).contiguous(), weight.contiguous()
+    out = x.new_empty(x.shape[0], channels)
+    blocks = (tiles.rows, tiles.inner), (tiles.channels, tiles.inner), (tiles.rows, tiles.channels)
+    x_tiles, weight_tiles, out_tiles = (
+        TensorDescriptor.from_tensor(one, list(block)) for one, block in zip((x, weight, out), blocks, strict=True)
+    )
+    with torch.cuda.device_of(x):
+        _gated_linear[(triton.cdiv(channels, tiles.channels), triton.cdiv(x.shape[0], tiles.rows))](
+            x_tiles, weight_tiles, bias, out_tiles, channels, inner,
+            ROWS=tiles.rows, CHANNELS=tiles.channels, INNER=tiles.inner,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return out.unflatten(0, shape[:-1])
 
 
 def add_layer_norm(

@@ -23,7 +23,9 @@ class Tiles:
     stages: int = 3
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["seconds", "tiles", "tokens", "first_frame", "first_other", "second_frame", "second_other"]
+)
 def _best_cosines(
     first, second, of_first, of_second, seconds, tiles, tokens, channels,
     first_frame, first_other, second_frame, second_other,

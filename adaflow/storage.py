@@ -9,6 +9,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,7 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         self.checksum: str | None = None
         self._digest, self._hashed, self._size = hashlib.sha256(), 0, 8 + len(text) + end
+        self._hashing = ThreadPoolExecutor(1, "adaflow-checksum")  # beside the writing, which takes as long
         self._places = {
             name: (8 + len(text) + header[name]["data_offsets"][0], dtype, int(np.prod(shape[1:])) * dtype.itemsize)
             for name, (dtype, shape) in shapes.items()
@@ -131,14 +133,18 @@ class SafetensorsWriter:
 
     def _put(self, offset: int, data) -> None:
         self._file.seek(offset)
-        data = memoryview(data).cast("B")
+        left, hashing = memoryview(data).cast("B"), None
         if offset == self._hashed:
-            self._digest.update(data)
-            self._hashed += len(data)
+            hashing = self._hashing.submit(self._digest.update, left)
+            self._hashed += len(left)
         elif offset < self._hashed:  # what was hashed is overwritten
             self._hashed = -1
-        while data:  # an unbuffered write may take a part only
-            data = data[self._file.write(data) :]
+        try:
+            while left:  # an unbuffered write may take a part only
+                left = left[self._file.write(left) :]
+        finally:
+            if hashing is not None:  # ``data`` is the caller's again
+                hashing.result()
 
     def write(self, name: str, first: int, values: torch.Tensor) -> None:
         """Write rows ``first``, ``first`` + 1, ... of tensor ``name`` along its first dimension."""
@@ -147,6 +153,7 @@ class SafetensorsWriter:
 
     def close(self) -> Path:
         """Bring the file to the disk, give it its final name and return that."""
+        self._hashing.shutdown()
         os.fsync(self._file.fileno())
         self._file.close()
         replace_durably(self._partial, self.path)
@@ -156,6 +163,7 @@ class SafetensorsWriter:
 
     def discard(self) -> None:
         """Remove the unfinished file."""
+        self._hashing.shutdown()
         self._file.close()
         self._partial.unlink(missing_ok=True)
 

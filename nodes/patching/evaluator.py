@@ -7,6 +7,7 @@ a keyframe's own prediction comes from the joint pass.
 import gc
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -147,6 +148,7 @@ class EditEvaluator:
         source_cond: processed conditioning of the source prompt.
         sample_sigmas: descending, of the sampler.
         pace: told how long things take.
+        device: of the model; the latents that are sampled may be on the CPU.
         on_host: whether the keyframes' activations wait in host memory from the start.
         compiler: for propagation; None: none.
     """
@@ -162,14 +164,17 @@ class EditEvaluator:
         source_cond: dict,
         sample_sigmas: Tensor,
         pace: Pace,
+        device: torch.device,
         on_host: bool = False,
         compiler: BlockCompiler | None = None,
     ):
         self.unet, self.family, self.plan, self.trajectory, self.settings = unet, family, plan, trajectory, settings
         self.frames, self.source_cond, self.sample_sigmas = frames, source_cond, sample_sigmas
         self._rows = {frame: row for row, frame in enumerate(frames)}
-        self.pace, self.on_host, self.compiler = pace, on_host, compiler
-        self._chunk, self._copying = settings.chunk, None
+        self.pace, self.device, self.on_host, self.compiler = pace, device, on_host, compiler
+        self._chunk = settings.chunk
+        # for copies beside the computing; one for all, since the allocator keeps memory by stream
+        self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def steps(self) -> int:
@@ -195,16 +200,10 @@ class EditEvaluator:
         self._check_finite(out, step, sigma)
         return out
 
-    def copying(self, device: torch.device) -> "torch.cuda.Stream | None":
-        """The run's stream for copies beside the computing; one, since the allocator keeps memory by stream."""
-        if self._copying is None and device.type == "cuda":
-            self._copying = torch.cuda.Stream(device)
-        return self._copying
-
     def chunk(self, model, x: Tensor, branches: int) -> int:
         """Frames in one forward; chosen once, from the memory that is free with the model loaded."""
         if not self._chunk:
-            self._chunk = auto_chunk(unet_sizes(model, self.family, x.device), x.shape, branches, x.device)
+            self._chunk = auto_chunk(unet_sizes(model, self.family, self.device), x.shape, branches, self.device)
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
@@ -213,7 +212,7 @@ class EditEvaluator:
 
         First what waits moves to host memory, then the chunk is half of the ``tried`` frames; see :func:`halved`.
         """
-        if is_out_of_memory(error) and has_host(x.device) and not self.on_host:
+        if is_out_of_memory(error) and has_host(self.device) and not self.on_host:
             logger.warning("AdaFlow: out of memory; the keyframes' activations wait in host memory from now on")
             self.on_host = True
             shelf.move_to_host()
@@ -223,7 +222,7 @@ class EditEvaluator:
         change = (
             "use a smaller size, or fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select)"
         )
-        self._chunk = halved(error, tried, doing, change, x.device, divisible)
+        self._chunk = halved(error, tried, doing, change, self.device, divisible)
 
     def rows(self, frames) -> list[int]:
         """Rows of the sampled latent that hold ``frames``."""
@@ -243,8 +242,9 @@ class _Evaluation:
 
     def __init__(self, edit: EditEvaluator, executor, model, conds, x, timestep, model_options, sigma, step):
         self.edit, self.executor, self.model = edit, executor, model
-        self.conds = prompts_on_device(conds, x.device)
-        self.x, self.timestep, self.model_options, self.sigma, self.step = x, timestep, model_options, sigma, step
+        self.conds = prompts_on_device(conds, edit.device)
+        self.x, self.model_options, self.sigma, self.step = x, model_options, sigma, step
+        self.timestep = to_device(timestep[:1], edit.device)  # frames are sampled together
         settings = edit.settings
         self.injection = Injection(
             conv=step < settings.feature_share * edit.steps - 1e-6,
@@ -258,7 +258,7 @@ class _Evaluation:
             [{**edit.source_cond, "uuid": (edit.source_cond["uuid"], area), **({} if area is None else {"area": area})}]
             for area in dict.fromkeys(areas.values())
         ]
-        self.sources = prompts_on_device(sources, x.device)
+        self.sources = prompts_on_device(sources, edit.device)
         source_areas = {
             (branch[0]["uuid"], number): branch[0].get("area") for number, branch in enumerate(self.sources)
         }
@@ -269,13 +269,15 @@ class _Evaluation:
             keyframes,
             self.injection,
             {**areas, **source_areas},
-            Shelf(x.device, edit.on_host, edit.copying(x.device)),
+            Shelf(edit.device, edit.on_host, edit.copying),
         )
 
     def run(self) -> list[Tensor]:
         """Joint pass, then propagation of every frame that is not a keyframe."""
         edit, keyframes, begun = self.edit, self.state.keyframes, time.perf_counter()
-        out = [torch.zeros_like(self.x) for _ in self.conds]
+        # on the CPU pinned, so that nothing waits for the copies to it
+        away = edit.device.type == "cuda" and not self.x.is_cuda
+        out = [torch.zeros_like(self.x, pin_memory=away) for _ in self.conds]
         while True:
             chunks = self._joint_chunks()
             try:
@@ -288,7 +290,7 @@ class _Evaluation:
                 edit.make_room(error, tried, self.x, self.state.shelf, divisible=self._may_split())
             free_what_failed()
         self.state.shelf.drop(unless="output")
-        chosen, ahead = set(keyframes), Ahead(self.x.device)
+        chosen, ahead = set(keyframes), Ahead(edit.device)
         left = [frame for frame in edit.frames if frame not in chosen]
         total = len(left)
         if edit.pace.asks:
@@ -318,17 +320,19 @@ class _Evaluation:
                 self._select_ahead()
             ahead.told()
             left = left[len(frames) :]
+        if away:
+            ahead.wait()
         return out
 
     def _select_ahead(self) -> None:
         """Select the tokens of the next step's keyframes while a GPU computes a chunk, if they fit beside it."""
         following = self.step + 1
-        if self.x.device.type != "cuda" or following >= self.edit.steps:
+        if self.edit.device.type != "cuda" or following >= self.edit.steps:
             return
         keyframes = self.edit.plan.keyframes(following)
         if not set(keyframes) <= set(self.edit.frames):
             return
-        free = comfy.model_management.get_free_memory(self.x.device)
+        free = comfy.model_management.get_free_memory(self.edit.device)
         if self.edit.plan.selection_bytes(len(keyframes)) > AHEAD_SHARE * free:
             return
         try:
@@ -389,7 +393,7 @@ class _Evaluation:
                 step_pass = EditJointPass(self.state, exchange, number, slice(row, row + len(frames)), last, parked)
                 workers.append(partial(self._evaluate, conds, frames, step_pass))
                 row += len(frames)
-            finished = lockstep.run_in_lockstep(workers, partial(give_back, self.x.device))
+            finished = lockstep.run_in_lockstep(workers, partial(give_back, self.edit.device))
             for frames, predictions in zip(chunks, finished, strict=True):
                 self._store(out, frames, predictions, conds)
 
@@ -421,22 +425,31 @@ class _Evaluation:
         _stop_if_cancelled()
         rows = self.edit.rows(frames)
         if source:
-            x = to_device(self.edit.trajectory.at(self.sigma, list(frames)).to(self.x.dtype), self.x.device)
+            x = self.edit.trajectory.at(self.sigma, list(frames)).to(self.x.dtype)
         else:
-            x = self.x.index_select(0, self._on_device(rows))
-        timestep = self.timestep[:1].expand(len(rows))  # frames are sampled together
+            x = self.x.index_select(0, to_device(torch.tensor(rows), self.x.device))
+        x, timestep = to_device(x, self.edit.device), self.timestep.expand(len(rows))
         options = with_pass(self.model_options, step_pass)
         return self.executor(self.model, slice_conds(conds, rows), x, timestep, options)
 
-    def _on_device(self, rows: list[int]) -> Tensor:
-        return to_device(torch.tensor(rows), self.x.device)
-
     def _store(self, out: list[Tensor], frames, predictions: list[Tensor], conds=None) -> None:
         """Write the predictions of ``frames``, of those branches that ``conds`` does not leave out."""
-        rows = self._on_device(self.edit.rows(frames))
+        rows = self.edit.rows(frames)
         for branch, prediction, cond in zip(out, predictions, conds or self.conds, strict=True):
-            if cond is not None:
-                branch.index_copy_(0, rows, prediction)
+            if cond is None:
+                continue
+            if branch.device == prediction.device:
+                branch.index_copy_(0, to_device(torch.tensor(rows), branch.device), prediction)
+            else:
+                for start, stop in _runs(rows):
+                    part = branch[rows[start] : rows[start] + stop - start]
+                    part.copy_(prediction[start:stop], non_blocking=True)
+
+
+def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Where in ``rows`` each run of consecutive numbers starts and stops."""
+    starts = [0, *(place for place in range(1, len(rows)) if rows[place] != rows[place - 1] + 1), len(rows)]
+    return pairwise(starts)
 
 
 def _area(cond: dict, x: Tensor) -> tuple[int, int, int, int] | None:

@@ -275,9 +275,21 @@ def _is_geglu(ff: nn.Module) -> bool:
 
 def _accumulating(ff: nn.Module, x: Tensor) -> nn.Module | None:
     """A feed forward's last projection, if its product can be added up in ``x``, to which its bias was added before."""
-    if not _is_geglu(ff) or not _is(ff.net[2], *_LINEARS) or not _is_ready(ff.net[2], x):
-        return None
-    return ff.net[2] if ff.net[2].weight.dtype == x.dtype else None
+    return ff.net[2] if _is_geglu(ff) and _is_plain_linear(ff.net[2], x) else None
+
+
+def _is_plain_linear(module: nn.Module, x: Tensor) -> bool:
+    """Whether it is one whose weight can be used as it is, and that has a bias."""
+    if not _is(module, *_LINEARS) or module.bias is None or not _is_ready(module, x):
+        return False
+    return module.weight.dtype == module.bias.dtype == x.dtype
+
+
+def _gated(proj: nn.Module, n: Tensor) -> Tensor:
+    """A feed forward's first projection, and its GEGLU."""
+    if _is_plain_linear(proj, n):
+        return fused.gated_linear(n, proj.weight, proj.bias)
+    return fused.geglu(proj(n))
 
 
 def _add_feed_forward(ff: nn.Module, n: Tensor, x: Tensor, last: nn.Module | None) -> Tensor:
@@ -291,7 +303,7 @@ def _add_feed_forward(ff: nn.Module, n: Tensor, x: Tensor, last: nn.Module | Non
     (gated, dropout, narrow), wide = ff.net, ff.net[0].proj.out_features
     together = max(1, WIDE_BYTES // (n.shape[1] * wide * n.element_size()))
     for images, rest in zip(n.split(together), x.split(together), strict=True):
-        between = dropout(fused.geglu(gated.proj(images)))
+        between = dropout(_gated(gated.proj, images))
         if last is None:
             rest += narrow(between)
         else:

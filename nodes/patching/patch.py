@@ -1,6 +1,7 @@
 """Clones of a MODEL that carry the method as ComfyUI wrappers. The caller's MODEL is never touched."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import comfy.sampler_helpers
@@ -10,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...adaflow.errors import InputError, require
-from ...adaflow.estimate import Pace, edit_needs
+from ...adaflow.estimate import EDIT_LATENTS, Pace, edit_needs
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import fast_blocks
@@ -91,14 +92,18 @@ class EditPatch:
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False
     ):
         """Start the run: check what is sampled, process the source prompt, set the start, and hold the evaluator."""
-        model, text = guider.inner_model, self.text or NodeText(self.where)
+        model, text, device = guider.inner_model, self.text or NodeText(self.where), noise.device
         self._check(sigmas, noise, executor.class_obj)
-        on_host = self._announce(guider, sigmas, noise, text)
+        on_host, latents_on_host = self._announce(guider, sigmas, noise, text)
+        if latents_on_host:  # the sampler's own arithmetic, which is little, is done there too
+            noise, latent_image, sigmas = noise.cpu(), latent_image.cpu(), sigmas.cpu()
+            denoise_mask = denoise_mask if denoise_mask is None else denoise_mask.cpu()
+            callback = callback and _seen_on(device, callback)
         if self.settings.start_from_trajectory:
             noise, latent_image = self._start(model, executor.class_obj, guider, sigmas, noise)
-        source = self._source_cond(model, noise, latent_image, extra_args)
-        self.plan.device = noise.device
-        compiler = self._compiler(model, noise.device, text)
+        source = self._source_cond(model, noise, latent_image, extra_args, device)
+        self.plan.device = device
+        compiler = self._compiler(model, device, text)
         run = EditEvaluator(
             model.diffusion_model,
             self.family,
@@ -109,6 +114,7 @@ class EditPatch:
             source,
             sigmas,
             Pace(len(sigmas) - 1, lambda line: text.put("time", line)),
+            device,
             on_host,
             compiler,
         )
@@ -121,7 +127,7 @@ class EditPatch:
             if compiler is not None:
                 compiler.close()
             self.plan.release()
-            release_unused(noise.device)
+            release_unused(device)
 
     def calc_cond_batch(self, executor, model, conds, x, timestep, model_options):
         """Hand an evaluation to the run in progress."""
@@ -166,11 +172,11 @@ class EditPatch:
                 name,
             )
 
-    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText) -> bool:
+    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText) -> tuple[bool, bool]:
         """Show what will be sampled and what that takes; refuse what surely does not fit.
 
         Returns:
-            Whether activations of the keyframes are to wait in host memory.
+            Whether activations of the keyframes are to wait in host memory, and whether latents are sampled there.
         """
         model, settings, keyframes = guider.inner_model, self.settings, len(self.plan.clips)
         branches = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
@@ -179,7 +185,8 @@ class EditPatch:
         injecting = max(settings.feature_share, settings.attention_share) > 0
         waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least
         on_host = better_on_host(waiting, noise.device)
-        needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host)
+        latents_on_host = better_on_host(EDIT_LATENTS * noise.nbytes, noise.device)
+        needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host, latents_on_host)
         pixels = f"{8 * noise.shape[3]}x{8 * noise.shape[2]} pixels"
         got = f"{len(self.frames)} frames, {keyframes} keyframes, {len(sigmas) - 1} steps, {pixels}"
         change = (
@@ -187,7 +194,7 @@ class EditPatch:
             "fewer frames"
         )
         announce(needs, noise.device, self.where, "plan", got, change, text)
-        return on_host
+        return on_host, latents_on_host
 
     def _start(self, model, sampler, guider, sigmas: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and clean latent that make the sampler start at the trajectory's latent of its first sigma.
@@ -202,14 +209,19 @@ class EditPatch:
         )  # fmt: skip
         return (start - clean) / unit, clean
 
-    def _source_cond(self, model, noise, latent_image, extra_args) -> dict:
+    def _source_cond(self, model, noise, latent_image, extra_args, device: torch.device) -> dict:
         source = comfy.sampler_helpers.convert_cond(self.trajectory.source[:1])
         for cond in source:  # the source branch is the plain inverted video
             for key in ("control", "hooks", "area", "mask", "strength", "gligen"):
                 cond.pop(key, None)
         return comfy.samplers.process_conds(
-            model, noise, {"source": source}, noise.device, latent_image, None, extra_args.get("seed")
+            model, noise, {"source": source}, device, latent_image, None, extra_args.get("seed")
         )["source"][0]
+
+
+def _seen_on(device: torch.device, callback: Callable) -> Callable:
+    """A sampling callback that is given latents on ``device``, where ComfyUI's previewers decode them."""
+    return lambda step, denoised, x, total: callback(step, denoised.to(device), x.to(device), total)
 
 
 def _shape(shape) -> str:

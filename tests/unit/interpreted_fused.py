@@ -37,6 +37,18 @@ def geglu_errors(kernels, dtype: torch.dtype) -> list[float]:
     return errors
 
 
+def gated_linear_errors(kernels, dtype: torch.dtype) -> list[float]:
+    errors, tiles = [], kernels.ProductTiles(16, 16, 16)
+    for shape, channels in (((3, 7, 40), 24), ((2, 20, 64), 16), ((33, 8), 40)):  # none are whole tiles alone
+        x, weight = torch.randn(shape).to(dtype), torch.randn(2 * channels, shape[-1]).to(dtype)
+        bias = torch.randn(2 * channels).to(dtype)
+        product = x.double() @ weight.double().T + bias.double()
+        found = kernels.gated_linear(x, weight, bias, tiles)
+        errors.append(oracles.relative_error(found, oracles.geglu(product)))
+        errors.append(float(found.shape != (*product.shape[:-1], channels)))
+    return errors
+
+
 def add_errors(kernels, dtype: torch.dtype) -> list[float]:
     errors = []
     for shape in ((3, 7, 40), (2, 37, 256)):
@@ -78,6 +90,7 @@ def upsample_errors(kernels, dtype: torch.dtype) -> list[float]:
 KERNELS = {
     "group_norm": group_norm_errors,
     "geglu": geglu_errors,
+    "gated_linear": gated_linear_errors,
     "add": add_errors,
     "add_layer_norm": add_layer_norm_errors,
     "upsample": upsample_errors,

@@ -10,7 +10,7 @@ from adaflow_pack.adaflow import fused
 from interpreted_kernel import interpreted
 
 TOLERANCE = {"float16": 4e-4, "float32": 2e-5}
-COUNTS = {"group_norm": 6, "geglu": 3, "add": 2, "add_layer_norm": 8, "upsample": 4}
+COUNTS = {"group_norm": 6, "geglu": 3, "gated_linear": 6, "add": 2, "add_layer_norm": 8, "upsample": 4}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,9 @@ def test_the_plain_group_norm_equals_its_oracle(silu, shifted):
 def test_the_other_plain_operations_equal_their_oracles():
     x, y, weight, bias = torch.randn(3, 7, 40), torch.randn(3, 7, 40), torch.randn(40).double(), torch.randn(40)
     assert oracles.relative_error(fused.geglu(x), oracles.geglu(x)) < 1e-6
+    wide, wide_bias = torch.randn(48, 40), torch.randn(48)
+    product = x.double() @ wide.double().T + wide_bias.double()
+    assert oracles.relative_error(fused.gated_linear(x, wide, wide_bias), oracles.geglu(product)) < 1e-6
     assert oracles.relative_error(fused.add(x, y, bias), x.double() + y.double() + bias.double()) < 1e-6
     total, out = fused.add_layer_norm(x, y, weight, bias, 1e-5)
     assert torch.equal(total, x + y)
