@@ -50,20 +50,20 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
     Args:
         q: (images, tokens, heads * channels).
-        k, v: (images, keys, heads * channels).
+        k, v: (prompts, keys, heads * channels), each of images / prompts consecutive images.
 
     Returns:
         (images, tokens, heads * channels).
     """
     keys, channels = k.shape[1], q.shape[2] // heads
     known = q.device.type == "cuda" and q.dtype in HALF and keys <= PROMPT_KEYS and channels <= PROMPT_CHANNELS
-    if not known or k.dtype != q.dtype or v.dtype != q.dtype or os.environ.get(BACKEND_VARIABLE) == "sdpa":
-        return frame_attention(q, k, v, heads)
-    if not _prompt_kernel_works(q.device, q.dtype, keys, channels):
-        return frame_attention(q, k, v, heads)
-    from . import attention_triton
+    known = known and k.dtype == v.dtype == q.dtype and os.environ.get(BACKEND_VARIABLE) != "sdpa"
+    if known and _prompt_kernel_works(q.device, q.dtype, keys, channels):
+        from . import attention_triton
 
-    return attention_triton.prompt_attention(q, k, v, heads)
+        return attention_triton.prompt_attention(q, k, v, heads)
+    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    return frame_attention(q, k, v, heads)
 
 
 def extended_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, kept: Tensor | None = None) -> Tensor:

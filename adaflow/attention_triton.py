@@ -160,13 +160,15 @@ def _prompt_values(
     return tl.dot(weights.to(loaded.dtype), loaded, out, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["tokens", "keys"])
+@triton.jit(do_not_specialize=["tokens", "keys", "share"])
 def _prompt_attention(
-    q, k, v, out, tokens, keys, row_stride, scale,
+    q, k, v, out, tokens, keys, share, row_stride, scale,
     QUERIES: tl.constexpr, STEPS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
     CHANNELS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """QUERIES * STEPS queries of one head of one image; FIRST keys and, if there are more, up to REST others.
+
+    ``share`` images in a row have the same keys and values.
 
     What is loaded of keys and values does not change with the step: the compiler takes it out of the loop.
     """
@@ -174,8 +176,8 @@ def _prompt_attention(
     channel = tl.arange(0, PADDED)
     q += image * tokens * row_stride + head * CHANNELS
     out += image * tokens * row_stride + head * CHANNELS
-    k += image * keys * row_stride + head * CHANNELS
-    v += image * keys * row_stride + head * CHANNELS
+    k += image // share * keys * row_stride + head * CHANNELS
+    v += image // share * keys * row_stride + head * CHANNELS
     begin = tl.program_id(0) * (QUERIES * STEPS)
     for start in range(begin, tl.minimum(begin + QUERIES * STEPS, tokens), QUERIES):
         place = start + tl.arange(0, QUERIES)
@@ -215,7 +217,8 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tiles: PromptT
 
     Args:
         q: (images, tokens, heads * channels), float16, bfloat16 or float32.
-        k, v: (images, keys, heads * channels), of the same type, at most 256 keys.
+        k, v: (prompts, keys, heads * channels), each of images / prompts consecutive images, of the same type, at most
+            256 keys.
         tiles: to be tried in place of the default.
 
     Returns:
@@ -228,7 +231,7 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, tiles: PromptT
     tiles, out = tiles or prompt_tiles(padded, first + rest), torch.empty_like(q)
     with torch.cuda.device_of(q):
         _prompt_attention[(triton.cdiv(tokens, tiles.queries * tiles.steps), heads, images)](
-            q, k, v, out, tokens, keys, width, math.log2(math.e) / math.sqrt(channels),
+            q, k, v, out, tokens, keys, images // len(k), width, math.log2(math.e) / math.sqrt(channels),
             QUERIES=tiles.queries, STEPS=tiles.steps, FIRST=first, REST=rest, CHANNELS=channels, PADDED=padded,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip

@@ -429,8 +429,8 @@ class _Evaluation:
         else:
             x = self.x.index_select(0, to_device(torch.tensor(rows), self.x.device))
         x, timestep = to_device(x, self.edit.device), self.timestep.expand(len(rows))
-        options = with_pass(self.model_options, step_pass)
-        return self.executor(self.model, slice_conds(conds, rows), x, timestep, options)
+        conds = slice_conds(conds, rows)
+        return self.executor(self.model, conds, x, timestep, with_pass(self.model_options, step_pass, conds))
 
     def _store(self, out: list[Tensor], frames, predictions: list[Tensor], conds=None) -> None:
         """Write the predictions of ``frames``, of those branches that ``conds`` does not leave out."""

@@ -50,18 +50,26 @@ def run_on(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in HALF and fused.kernels_work(device)
 
 
-def run(block: nn.Module, forward: Callable, args: tuple, given: Callable[[int], Tensor | None]) -> Tensor:
+def run(
+    block: nn.Module,
+    forward: Callable,
+    args: tuple,
+    given: Callable[[int], Tensor | None],
+    prompts: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """The output of ``block``, by its own ``forward`` if it is not built or used as is known here.
 
     Args:
         args: of that: ``(x, emb)`` of a ResBlock, ``(x, context, transformer_options)`` of a SpatialTransformer.
         given: by number of a transformer block in it, the output of its self-attention after the output projection,
             (batch, tokens, channels), if that does not depend on ``x``.
+        prompts: a context, (batch, tokens, channels), and what it repeats for batch / prompts consecutive images each,
+            (prompts, tokens, channels).
     """
     if type(block) is ResBlock and len(args) == 2 and _is_known_res_block(block, args[0]):
         return _res_block(block, *args)
     if type(block) is SpatialTransformer and len(args) == 3 and _is_known_transformer(block, args[0]):
-        return _transformer(block, *args, given)
+        return _transformer(block, *args, given, prompts)
     return forward(*args)
 
 
@@ -221,7 +229,7 @@ def _res_block(block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
     return _image(fused.add(_project(block.skip_connection, tokens, size), _tokens(h), bias), size)
 
 
-def _transformer(block: SpatialTransformer, x: Tensor, context, options: dict, given: Callable) -> Tensor:
+def _transformer(block: SpatialTransformer, x: Tensor, context, options: dict, given: Callable, prompts) -> Tensor:
     if not isinstance(context, list):
         context = [context] * len(block.transformer_blocks)
     options["activations_shape"] = list(x.shape)
@@ -234,19 +242,20 @@ def _transformer(block: SpatialTransformer, x: Tensor, context, options: dict, g
     for number, inner in enumerate(block.transformer_blocks):
         options["block_index"] = number
         if _is_known_inner(inner, x, options):
-            h = _inner(inner, h, context[number], options, given(number))
+            h = _inner(inner, h, context[number], options, given(number), prompts)
         else:
             h = inner(h, context=context[number], transformer_options=options)
     return _image(project(block.proj_out, h) + tokens, size)
 
 
-def _inner(inner: BasicTransformerBlock, x: Tensor, context, options: dict, attended: Tensor | None) -> Tensor:
+def _inner(inner: BasicTransformerBlock, x: Tensor, context, options: dict, attended: Tensor | None, prompts) -> Tensor:
     passed = {"transformer_options": options} if _PASSES_OPTIONS else {}
     if attended is None:
         attended = inner.attn1(inner.norm1(x), context=None, value=None, **passed)
     x, n = _add_layer_norm(inner.norm2, x, attended)
     if _is_plain_attention(inner.attn2, options) and context is not None:
-        attended = _prompt_attention(inner.attn2, n, context)
+        once = prompts is not None and context is prompts[0]  # a patch may have put another in its place
+        attended = _prompt_attention(inner.attn2, n, prompts[1] if once else context)
     else:
         attended = inner.attn2(n, context=context, value=None, **passed)
     last = _accumulating(inner.ff, x)

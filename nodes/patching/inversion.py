@@ -78,7 +78,7 @@ class ChunkedInference:
             parts = slice_conds(conds, frames)
 
             def evaluate(x_chunk: Tensor, step_pass: UNetPass, parts=parts, rows=rows) -> list[Tensor]:
-                return executor(model, parts, x_chunk, timestep[rows], with_pass(model_options, step_pass))
+                return executor(model, parts, x_chunk, timestep[rows], with_pass(model_options, step_pass, parts))
 
             try:
                 if self.on_chunk is None:

@@ -8,7 +8,7 @@ so that a forward paused in one greenlet does not see another's.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 
 import torch
@@ -21,6 +21,7 @@ from . import fast_blocks
 from .families import UNetFamily
 
 PASS_KEY = "adaflow"
+ALIKE_KEY = "adaflow_prompts_alike"
 _running: ContextVar["UNetCall | None"] = ContextVar("adaflow_unet_call", default=None)
 
 
@@ -48,6 +49,8 @@ class UNetCall:
         size: (height, width) of the latent, or of the area that is evaluated.
         levels: resolutions of the UNet.
         fast: whether blocks are run as ``fast_blocks.py`` does.
+        prompts: where all frames of a branch have the same one, the prompts as ComfyUI repeats them, (branches *
+            frames, tokens, channels), and those of each branch once, (branches, tokens, channels).
     """
 
     step_pass: "UNetPass"
@@ -55,6 +58,7 @@ class UNetCall:
     size: tuple[int, int]
     levels: int
     fast: bool = False
+    prompts: tuple[Tensor, Tensor] | None = field(default=None, compare=False)
 
     def layer_size(self, tokens: int) -> tuple[int, int]:
         """(height, width) of the layer that has so many tokens.
@@ -88,7 +92,9 @@ class UNetPass:
             return forward(*args)
         layers = {layer.depth: layer for layer, _ in attentions}
         tokens = args[0].shape[2:].numel()
-        return fast_blocks.run(block, forward, args, lambda depth: self.given(call, layers[depth], tokens))
+        return fast_blocks.run(
+            block, forward, args, lambda depth: self.given(call, layers[depth], tokens), call.prompts
+        )
 
     def given(self, call: UNetCall, layer: Layer, tokens: int) -> Tensor | None:
         """What :meth:`self_attention` returns at a layer of so many tokens, if that does not depend on its input."""
@@ -274,7 +280,9 @@ def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict)
     if fast or step_pass.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     branches = tuple(zip(options["uuids"], options["cond_or_uncond"], strict=True))
-    call = UNetCall(step_pass, branches, tuple(x.shape[-2:]), family.levels, fast)
+    repeated = args[1] if options.get(ALIKE_KEY) else None
+    prompts = None if repeated is None else (repeated, repeated[:: len(x) // len(branches)])
+    call = UNetCall(step_pass, branches, tuple(x.shape[-2:]), family.levels, fast, prompts)
     token = _running.set(call)
     try:
         return executor(x, *args, **kwargs)
@@ -284,9 +292,12 @@ def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict)
         _running.reset(token)
 
 
-def with_pass(model_options: dict, step_pass: UNetPass) -> dict:
-    """A copy of ``model_options`` whose forwards run under ``step_pass``."""
-    return {**model_options, "transformer_options": {**model_options["transformer_options"], PASS_KEY: step_pass}}
+def with_pass(model_options: dict, step_pass: UNetPass, conds: list) -> dict:
+    """A copy of ``model_options`` whose forwards, of these processed ``conds``, run under ``step_pass``."""
+    prompts = [cond["model_conds"].get("c_crossattn") for branch in conds for cond in branch or ()]
+    alike = all(prompt is not None and prompt.cond.shape[0] == 1 for prompt in prompts)
+    options = {**model_options["transformer_options"], PASS_KEY: step_pass, ALIKE_KEY: alike}
+    return {**model_options, "transformer_options": options}
 
 
 def split_branches(call: UNetCall, x: Tensor) -> list[tuple[object, Tensor]]:

@@ -29,13 +29,13 @@ def ran(monkeypatch):
     """Blocks that ran fast, and blocks that ran as they are."""
     ran, run = ([], []), fast_blocks.run
 
-    def counting(block, forward, args, given):
+    def counting(block, forward, args, *more):
         def own(*args):
             ran[1].append(block)
             return forward(*args)
 
         ran[0].append(block)
-        return run(block, own, args, given)
+        return run(block, own, args, *more)
 
     monkeypatch.setattr(fast_blocks, "run", counting)
     return ran
@@ -101,11 +101,11 @@ def test_res_blocks_of_other_kinds(options):
 
 @pytest.fixture
 def prompts(monkeypatch):
-    """Shapes of the queries that attended to a prompt by fast blocks, with PyTorch's attention as ComfyUI's choice."""
+    """How many images attended to how many prompts by fast blocks, with PyTorch's attention as ComfyUI's choice."""
     shapes, attend = [], fast_blocks.prompt_attention
 
     def noting(q, k, v, heads):
-        shapes.append(q.shape)
+        shapes.append((len(q), len(k)))
         return attend(q, k, v, heads)
 
     monkeypatch.setattr(fast_blocks, "prompt_attention", noting)
@@ -123,6 +123,31 @@ def test_attention_to_a_prompt_equals_its_own_forward(shape, prompts):
             found = fast_blocks.run(block, refuse, (x, context, {}), nothing_given)
             assert len(prompts) == len(block.transformer_blocks)
             assert oracles.relative_error(found, block(x, context, {})) < 1e-5
+
+
+def test_prompts_that_images_share_are_projected_once(prompts):
+    """Not those that a patch put in their place."""
+    block = blocks_of(small_model("sd2"), SpatialTransformer)[0]
+    with torch.inference_mode():
+        x, once = torch.randn(6, block.in_channels, 5, 7), torch.randn(2, 7, 24)
+        repeated, other = once.repeat_interleave(3, 0), torch.randn(6, 7, 24)
+        for context, count in ((repeated, 2), (other, 6)):
+            found = fast_blocks.run(block, refuse, (x, context, {}), nothing_given, (repeated, once))
+            assert oracles.relative_error(found, block(x, context, {})) < 1e-5
+            assert set(prompts) == {(6, count)}
+            prompts.clear()
+
+
+@pytest.mark.parametrize("per_frame", [False, True])
+def test_a_run_projects_the_prompts_of_its_branches_once(prompts, per_frame):
+    """Unless each frame has its own."""
+    graph = Graph("sd2", steps=2)
+    plan = select(graph.descriptors, -1.0, -1.0, max_clip=3, mode="fixed")
+    if per_frame:
+        graph.positive = [[torch.cat([graph.positive[0][0] * (1 + i / 9) for i in range(len(graph.latent))]), {}]]
+    prompts.clear()
+    graph.edit(plan)
+    assert prompts and any(keys > 2 for _, keys in prompts) == per_frame
 
 
 def test_attention_to_a_prompt_that_is_changed_stays_as_it_is(prompts, monkeypatch):

@@ -187,6 +187,11 @@ def full_size():
         yield graph
 
 
+def held() -> int:
+    """Bytes of tensors on the GPU, not of the blocks that they lie in: those may be larger once a layout changed."""
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 def one_step(graph, plan, shares, model=None, **changes):
     model = graph.patch(plan, graph.slim(8, model=model), shares, **changes)
     sigma = graph.trajectory.sigmas[-1]
@@ -287,7 +292,7 @@ def test_memory_and_time_of_a_step(full_size, injecting):
     one_step(full_size, plan, shares)
     gc.collect()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = held()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     one_step(full_size, plan, shares)
@@ -299,14 +304,14 @@ def test_memory_and_time_of_a_step(full_size, injecting):
         "model GiB": before / 2**30,
     }
     gc.collect()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    assert held() <= before + 2**20
 
 
 @pytest.mark.parametrize("end", ["cancel", "exception"])
 def test_memory_returns_after(full_size, end):
     plan = select(full_size.descriptors, -1.0, -1.0, max_clip=24, mode="fixed")
     gc.collect()
-    before = torch.cuda.memory_allocated()
+    before = held()
     calls = iter(range(100))
 
     def wrapper(executor, *args, **kwargs):
@@ -321,4 +326,4 @@ def test_memory_returns_after(full_size, end):
     with pytest.raises((KeyError, comfy.model_management.InterruptProcessingException)):
         one_step(full_size, plan, (1.0, 1.0), model=model)
     gc.collect()
-    assert torch.cuda.memory_allocated() <= before + 2**20
+    assert held() <= before + 2**20

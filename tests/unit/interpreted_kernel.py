@@ -51,12 +51,13 @@ def error(kernel, heads: int, channels: int, dtype: torch.dtype, tokens: int, ke
 
 
 def prompt_error(kernel, heads: int, channels: int, dtype: torch.dtype, tokens: int, keys: int) -> float:
-    q = torch.randn(2, tokens, heads * channels).to(dtype)
+    q = torch.randn(4, tokens, heads * channels).to(dtype)
     k, v = (torch.randn(2, keys, heads * channels).to(dtype) for _ in range(2))
     q[0] *= 8  # some weights near 1
     tiles = kernel.PromptTiles(16, 2, 4, 2)
     found = kernel.prompt_attention(q, k, v, heads, tiles)
-    expected = [oracles.attention(*rows, heads) for rows in zip(q.double(), k.double(), v.double(), strict=True)]
+    pairs = ((q[image], k[image // 2], v[image // 2]) for image in range(4))
+    expected = [oracles.attention(*(x.double() for x in pair), heads) for pair in pairs]
     return oracles.relative_error(found, torch.stack(expected))
 
 

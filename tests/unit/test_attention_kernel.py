@@ -41,6 +41,9 @@ def test_attention_to_a_prompt_on_the_cpu_equals_the_oracle():
     q, k, v = torch.randn(2, 7, 32), torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     expected = [oracles.attention(*rows, 4) for rows in zip(q.double(), k.double(), v.double(), strict=True)]
     assert oracles.relative_error(attention.prompt_attention(q, k, v, 4), torch.stack(expected)) < 1e-6
+    both = torch.cat([q[:1], q[:1]])
+    found = attention.prompt_attention(both, k[:1], v[:1], 4)
+    assert oracles.relative_error(found, torch.stack([expected[0]] * 2)) < 1e-6
 
 
 def test_on_the_cpu_the_plain_backend_is_used(monkeypatch):
