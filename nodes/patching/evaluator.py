@@ -38,7 +38,7 @@ from .taps import tapped, with_pass
 from .windows import slice_conds
 
 logger = logging.getLogger(__name__)
-MAX_BATCH = {"cuda": 64}  # frames times branches in one forward by kind of device: it would be no faster with more
+MAX_BATCH = {"cuda": 48}  # frames times branches in one forward by kind of device: it would be no faster with more
 MAX_BATCH_ELSEWHERE = 32
 SKIP_PATCHES = {"input_block_patch", "input_block_patch_after_skip"}  # ComfyUI's names
 AHEAD_SHARE = 0.5  # of what is free beside a chunk, for selecting the next step's tokens
