@@ -22,14 +22,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Report:
-    """Rows of what was compared."""
+    """Rows of what was compared.
+
+    Attributes:
+        save: called after each row.
+    """
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.save = [], lambda: None
 
     def add(self, path: str, precision: str, found: float, limit: float) -> None:
         self.rows.append({"path": path, "precision": precision, "relative difference": found, "limit": limit})
         print(f"{'ok ' if found <= limit else 'BAD'} {path}, {precision}: {found:.2e} (limit {limit:.0e})", flush=True)
+        self.save()
 
     @property
     def good(self) -> bool:
@@ -150,6 +155,9 @@ def main() -> None:
         from graph import Graph
         from models import SD2_FULL, clip_latent, random_model
 
+        if options.out:
+            about = {"comfyui": comfyui_version(), "rows": report.rows}
+            report.save = lambda: write_result(options.out, about, options.commit)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # whatever ComfyUI chose
         operations(report, torch.float32, SINGLE)
         with torch.backends.cudnn.flags(
@@ -165,9 +173,6 @@ def main() -> None:
             graph = Graph("sd2", latent=clip_latent(48, (48, 84)), steps=1, model=model, source=source)
             graph.positive, graph.negative = [[source[0][0].flip(1), {}]], [[source[0][0].flip(2), {}]]
             steps(report, graph, 12, "float16", HALF)
-        version = comfyui_version()
-    if options.out:
-        write_result(options.out, {"comfyui": version, "rows": report.rows}, options.commit)
     sys.exit(0 if report.good else 1)
 
 

@@ -217,9 +217,7 @@ def test_a_report_holds_the_means_and_leaves_the_prose(pieces, tmp_path):
         quality_report.write_tables(page, about, found)
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
-    assert text.count(f"| {name} |") == 2 * 3 + 2 * 2, (
-        "a row in each table, two comparisons, and two things asked of two kinds"
-    )
+    assert text.count(f"| {name} |") == 2 * 3 + 2, "a row in each table, two comparisons, and what is asked"
 
 
 def test_pieces_that_do_not_belong_together_are_refused(pieces, tmp_path):
