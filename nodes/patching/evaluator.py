@@ -443,7 +443,7 @@ class _Evaluation:
             else:
                 for start, stop in _runs(rows):
                     part = branch[rows[start] : rows[start] + stop - start]
-                    part.copy_(prediction[start:stop], non_blocking=True)
+                    part.copy_(prediction[start:stop], non_blocking=branch.is_pinned())
 
 
 def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,9 @@
 """Chunks of keyframes in lockstep against all of them in one batch."""
 
+import random
 import weakref
 from contextlib import nullcontext
-from itertools import count
+from itertools import chain, count, pairwise
 
 import comfy.model_management
 import oracles
@@ -41,6 +42,14 @@ def test_waiting_in_host_memory_changes_no_bit(shape, interpolation, monkeypatch
             edits[on_host, chunk] = graph.edit(plan, interpolation, model=graph.slim(2), chunk=chunk)
         assert bool(moved) == on_host
     assert all(torch.equal(edits[True, chunk], edits[False, chunk]) for chunk in (7, 2))
+
+
+def test_predictions_for_latents_in_ram_are_copied_run_by_run():
+    rows = sorted(random.sample(range(40), 25))
+    runs = [rows[start:stop] for start, stop in evaluator._runs(rows)]
+    assert list(chain(*runs)) == rows
+    assert all(run == list(range(run[0], run[0] + len(run))) for run in runs)
+    assert all(before[-1] + 1 < after[0] for before, after in pairwise(runs)), "as few as there can be"
 
 
 @pytest.mark.parametrize("patched", [False, True], ids=["alone", "with a patch that may hold on to them"])
