@@ -54,7 +54,13 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
     Returns:
         (images, tokens, heads * channels).
+
+    Raises:
+        ValueError: images are no multiple of the prompts.
     """
+    share, left = divmod(len(q), len(k))
+    if left:
+        raise ValueError(f"{len(q)} images cannot share {len(k)} prompts evenly")
     keys, channels = k.shape[1], q.shape[2] // heads
     known = q.device.type == "cuda" and q.dtype in HALF and keys <= PROMPT_KEYS and channels <= PROMPT_CHANNELS
     known = known and k.dtype == v.dtype == q.dtype and os.environ.get(BACKEND_VARIABLE) != "sdpa"
@@ -62,7 +68,8 @@ def prompt_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         from . import attention_triton
 
         return attention_triton.prompt_attention(q, k, v, heads)
-    k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+    if share > 1:
+        k, v = (x.repeat_interleave(share, 0) for x in (k, v))
     return frame_attention(q, k, v, heads)
 
 

@@ -15,7 +15,7 @@ LATENT_VALUE = 4  # bytes: sampling is in float32
 FORWARD_MAPS = 20  # of the largest layer that a frame's forward holds at its peak, skip connections included
 FAST_FORWARD_MAPS = 12  # the same with fused norms and feed forwards in slices
 EDIT_LATENTS, INVERSION_LATENTS = 9, 8  # copies of the clip's latent that sampling holds on the device
-GIVEN_LATENTS = 2  # of those, what ComfyUI holds on the device while a sampler runs on others in RAM
+GIVEN_LATENTS = 3, 4  # at least, about: what ComfyUI holds there while a sampler runs on others in RAM, and shows
 RAM_LATENTS = 4  # copies of it in RAM: the node's input and result, and what is being written
 PIXEL_COPIES = 3  # of a chunk of frames in RAM: from the VAE, as float32, as they are coded
 CACHE_BYTES = 2 << 30  # of a plan's matches and selections, at the most
@@ -138,7 +138,7 @@ def edit_needs(
     chunk: int,
     injecting: bool,
     on_host: bool = False,
-    latents_on_host: bool = False,
+    latents_in_ram: bool = False,
 ) -> Needs:
     """Memory of an edit.
 
@@ -149,7 +149,7 @@ def edit_needs(
         chunk: frames in one forward.
         injecting: whether any step injects features of the source.
         on_host: whether what the keyframes leave for the rest of a step waits in host memory.
-        latents_on_host: whether the sampler works there, on copies of what it is given on the device.
+        latents_in_ram: whether the sampler works there, on copies of what it is given on the device.
     """
     size = shape[2:]
     keyframe = unet.keyframe_bytes(size, branches, injecting)
@@ -161,8 +161,8 @@ def edit_needs(
     moved = Amount(waiting, keyframes * keyframe.about) if on_host else Amount(0, 0)
     ram = _latents(shape, 2, RAM_LATENTS) + cached + moved
     latents = _latents(shape, 3 + branches, EDIT_LATENTS)
-    if latents_on_host:
-        latents, ram = _latents(shape, GIVEN_LATENTS, GIVEN_LATENTS), ram + latents
+    if latents_in_ram:
+        latents, ram = _latents(shape, *GIVEN_LATENTS), ram + latents
     return Needs(latents + kept + forward, ram)
 
 

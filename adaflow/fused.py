@@ -13,8 +13,8 @@ from torch import Tensor
 from .kernels import HALF, kernels_run
 
 # Compute capability -> channels of which a product with GEGLU in one kernel was measured to be faster than PyTorch's
-# product and GEGLU after it. With more of them there is the less to save, and PyTorch's products are the better.
-PRODUCT_FASTER: dict[tuple[int, int], range] = {(9, 0): range(1, 641)}
+# product and GEGLU after it (benchmarks/norms.py). With more there is less to save, and PyTorch's products are better.
+PRODUCT_FASTER: dict[tuple[int, int], tuple[int, ...]] = {(9, 0): (320, 640)}
 
 
 def group_norm(
@@ -78,17 +78,19 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (..., out_channels).
     """
-    if _product_is_faster(x) and _product_works(x.device, x.dtype):
+    if _product_is_faster(x, weight) and _product_works(x.device, x.dtype):
         from . import fused_triton
 
         return fused_triton.gated_linear(x, weight, bias)
     return geglu(F.linear(x, weight, bias))
 
 
-def _product_is_faster(x: Tensor) -> bool:
-    if x.device.type != "cuda" or x.dtype not in HALF or x.shape[-1] % 8:
+def _product_is_faster(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != "cuda" or x.dtype not in HALF or weight.shape[0] % 16:
         return False
-    return x.shape[-1] in PRODUCT_FASTER.get(torch.cuda.get_device_capability(x.device), range(0))
+    if x.data_ptr() % 16 or weight.data_ptr() % 16:  # tiles are copied by rows that begin at multiples of 16 bytes
+        return False
+    return x.shape[-1] in PRODUCT_FASTER.get(torch.cuda.get_device_capability(x.device), ())
 
 
 @functools.cache

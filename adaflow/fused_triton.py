@@ -277,7 +277,8 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, tiles: ProductTiles = 
     """See :func:`..fused.gated_linear`.
 
     Args:
-        x: of channels that are a multiple of 8, on a GPU that copies tiles by itself (compute capability 9 or more).
+        x, weight: at multiples of 16 bytes, of channels and out_channels that are multiples of 8, on a GPU that copies
+            tiles by itself (compute capability 9 or more).
         tiles: to be tried in place of the default.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -15,7 +15,7 @@ from ...adaflow.trajectory import Trajectory
 from .evaluator import EditSettings
 from .fingerprint import fingerprint, model_fingerprint
 from .memory import chunk_to_go_on_with
-from .patch import check_edit, chunk_of_run, deterministic_samplers, patch_edit, refuse_stochastic
+from .patch import check_edit, course_of_run, deterministic_samplers, patch_edit, refuse_stochastic
 from .preview import NodeText, sampling_callback
 from .resume import checkpoint_bytes, finished_latent, is_resumable, resumable
 from .windows import slice_conditioning, take
@@ -108,7 +108,8 @@ class Edit:
         total, rows = self.trajectory.frames, list(frames)
         settings = replace(settings, chunk=chunk_to_go_on_with(settings.chunk, run.progress.get("chunk", 0)))
         positive, negative = (slice_conditioning(c, rows, total) for c in (self.positive, self.negative))
-        patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows), text)
+        in_ram = run.progress.get("latents_in_ram")
+        patched = patch_edit(self.model, self.plan, self.trajectory, settings, where, tuple(rows), text, in_ram)
         sigmas = comfy.samplers.KSampler(
             patched, self.steps, patched.load_device, self.sampler_name, self.scheduler, 1.0, patched.model_options
         ).sigmas
@@ -117,7 +118,7 @@ class Edit:
             patched,
             torch.zeros_like(clean),
             self.cfg,
-            resumable(self._sampler, run, chunk_of_run),
+            resumable(self._sampler, run, course_of_run),
             sigmas,
             positive,
             negative,

@@ -148,8 +148,9 @@ class EditEvaluator:
         source_cond: processed conditioning of the source prompt.
         sample_sigmas: descending, of the sampler.
         pace: told how long things take.
-        device: of the model; the latents that are sampled may be on the CPU.
+        device: of the model.
         on_host: whether the keyframes' activations wait in host memory from the start.
+        latents_in_ram: whether the sampler works there.
         compiler: for propagation; None: none.
     """
 
@@ -166,13 +167,14 @@ class EditEvaluator:
         pace: Pace,
         device: torch.device,
         on_host: bool = False,
+        latents_in_ram: bool = False,
         compiler: BlockCompiler | None = None,
     ):
         self.unet, self.family, self.plan, self.trajectory, self.settings = unet, family, plan, trajectory, settings
         self.frames, self.source_cond, self.sample_sigmas = frames, source_cond, sample_sigmas
         self._rows = {frame: row for row, frame in enumerate(frames)}
         self.pace, self.device, self.on_host, self.compiler = pace, device, on_host, compiler
-        self._chunk = settings.chunk
+        self._chunk, self._latents_in_ram = settings.chunk, latents_in_ram
         # for copies beside the computing; one for all, since the allocator keeps memory by stream
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -181,9 +183,12 @@ class EditEvaluator:
         return len(self.sample_sigmas) - 1
 
     @property
-    def chunk_size(self) -> int:
-        """Frames in one forward; 0 before it is chosen."""
-        return self._chunk
+    def course(self) -> dict:
+        """What a run that goes on has to do alike to end in the same bits: see :func:`patch.patch_edit`.
+
+        Frames in one forward (0 before that is chosen), and whether the sampler works in RAM.
+        """
+        return {"chunk": self._chunk, "latents_in_ram": self._latents_in_ram}
 
     def __call__(self, executor, model, conds, x: Tensor, timestep: Tensor, model_options: dict) -> list[Tensor]:
         """The body of the CALC_COND_BATCH wrapper: predictions (frames, channels, height, width) of each branch."""

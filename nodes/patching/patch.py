@@ -56,9 +56,9 @@ def add_wrappers(model_patcher, wrappers: dict[str, object]):
     return clone
 
 
-def chunk_of_run(extra_args: dict) -> int:
-    """Frames at once of the run that a sampler's ``extra_args`` belong to."""
-    return extra_args["model_options"]["transformer_options"][RUN_KEY].chunk_size
+def course_of_run(extra_args: dict) -> dict:
+    """:attr:`EditEvaluator.course` of the run that a sampler's ``extra_args`` belong to."""
+    return extra_args["model_options"]["transformer_options"][RUN_KEY].course
 
 
 def limit_memory_estimate(frames: int):
@@ -78,6 +78,7 @@ class EditPatch:
         where: the node, for messages.
         frames: frame numbers of the rows that will be sampled.
         text: where to say what is sampled; None makes one when sampling starts.
+        latents_in_ram: whether the sampler works there; None: where that is better.
     """
 
     where: str
@@ -87,6 +88,7 @@ class EditPatch:
     family: UNetFamily
     frames: tuple[int, ...]
     text: NodeText | None = None
+    latents_in_ram: bool | None = None
 
     def sampler_sample(
         self, executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask=None, disable_pbar=False
@@ -94,8 +96,11 @@ class EditPatch:
         """Start the run: check what is sampled, process the source prompt, set the start, and hold the evaluator."""
         model, text, device = guider.inner_model, self.text or NodeText(self.where), noise.device
         self._check(sigmas, noise, executor.class_obj)
-        on_host, latents_on_host = self._announce(guider, sigmas, noise, text)
-        if latents_on_host:  # the sampler's own arithmetic, which is little, is done there too
+        in_ram = self.latents_in_ram
+        if in_ram is None:
+            in_ram = _better_in_ram(noise, executor.class_obj, extra_args["model_options"])
+        on_host = self._announce(guider, sigmas, noise, text, in_ram)
+        if in_ram:  # the sampler's own arithmetic, which is little, is done there too
             noise, latent_image, sigmas = noise.cpu(), latent_image.cpu(), sigmas.cpu()
             denoise_mask = denoise_mask if denoise_mask is None else denoise_mask.cpu()
             callback = callback and _seen_on(device, callback)
@@ -116,6 +121,7 @@ class EditPatch:
             Pace(len(sigmas) - 1, lambda line: text.put("time", line)),
             device,
             on_host,
+            in_ram,
             compiler,
         )
         options = extra_args["model_options"]
@@ -164,7 +170,7 @@ class EditPatch:
             len(sigmas) - 1,
             f"at most {self.trajectory.steps}, the steps of the trajectory; or invert with more steps",
         )
-        name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+        name = _name_of(sampler)
         if is_stochastic(name):
             logger.warning(
                 "AdaFlow: %s adds noise of its own at each step, which differs from frame to frame and leaves the "
@@ -172,11 +178,11 @@ class EditPatch:
                 name,
             )
 
-    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText) -> tuple[bool, bool]:
+    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText, in_ram: bool) -> bool:
         """Show what will be sampled and what that takes; refuse what surely does not fit.
 
         Returns:
-            Whether activations of the keyframes are to wait in host memory, and whether latents are sampled there.
+            Whether activations of the keyframes are to wait in host memory.
         """
         model, settings, keyframes = guider.inner_model, self.settings, len(self.plan.clips)
         branches = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
@@ -185,8 +191,7 @@ class EditPatch:
         injecting = max(settings.feature_share, settings.attention_share) > 0
         waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least
         on_host = better_on_host(waiting, noise.device)
-        latents_on_host = better_on_host(EDIT_LATENTS * noise.nbytes, noise.device)
-        needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host, latents_on_host)
+        needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host, in_ram)
         pixels = f"{8 * noise.shape[3]}x{8 * noise.shape[2]} pixels"
         got = f"{len(self.frames)} frames, {keyframes} keyframes, {len(sigmas) - 1} steps, {pixels}"
         change = (
@@ -194,7 +199,7 @@ class EditPatch:
             "fewer frames"
         )
         announce(needs, noise.device, self.where, "plan", got, change, text)
-        return on_host, latents_on_host
+        return on_host
 
     def _start(self, model, sampler, guider, sigmas: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Noise and clean latent that make the sampler start at the trajectory's latent of its first sigma.
@@ -219,9 +224,24 @@ class EditPatch:
         )["source"][0]
 
 
+def _name_of(sampler) -> str:
+    return getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+
+
+def _better_in_ram(noise: Tensor, sampler, model_options: dict) -> bool:
+    """Whether a sampler had better work in RAM, since all its copies of the latents would take much of the GPU.
+
+    Not one that draws noise, which would be other noise there, nor where a function makes the noise mask (Differential
+    Diffusion), which may compute with what the model holds on the GPU.
+    """
+    if is_stochastic(_name_of(sampler)) or "denoise_mask_function" in model_options:
+        return False
+    return better_on_host(EDIT_LATENTS * noise.nbytes, noise.device)
+
+
 def _seen_on(device: torch.device, callback: Callable) -> Callable:
-    """A sampling callback that is given latents on ``device``, where ComfyUI's previewers decode them."""
-    return lambda step, denoised, x, total: callback(step, denoised.to(device), x.to(device), total)
+    """A sampling callback that is given denoised latents on ``device``, where ComfyUI's previewers decode them."""
+    return lambda step, denoised, x, total: callback(step, denoised.to(device), x, total)
 
 
 def _shape(shape) -> str:
@@ -276,6 +296,7 @@ def patch_edit(
     where: str,
     frames: tuple[int, ...] | None = None,
     text: NodeText | None = None,
+    latents_in_ram: bool | None = None,
 ):
     """A clone of MODEL that runs the whole method in any sampler.
 
@@ -283,6 +304,7 @@ def patch_edit(
         settings: ``budget`` is taken from AdaFlowSlimAttention where that node is wired before.
         frames: frame numbers that will be sampled; all by default.
         text: of the node that will sample, where that is known.
+        latents_in_ram: as a run that goes on noted it; None: where that is better.
 
     Raises:
         InputError: see :func:`check_edit`; or a share or chunk out of range.
@@ -300,7 +322,8 @@ def patch_edit(
             "%s: another patch replaces self-attention (attn1) in some blocks; the method does not act there",
             where,
         )
-    patch = EditPatch(where, plan, trajectory, settings, family, frames or tuple(range(plan.frames)), text)
+    frames = frames or tuple(range(plan.frames))
+    patch = EditPatch(where, plan, trajectory, settings, family, frames, text, latents_in_ram)
     reserved = settings.chunk or PRELOAD_FRAMES
     return add_wrappers(
         model_patcher,

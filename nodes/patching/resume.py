@@ -62,12 +62,12 @@ def checkpoint_bytes(sampler_name: str, shape, steps: int) -> int:
     return kept * (tensor_bytes(shape, torch.float32) + FILE_BYTES)
 
 
-def resumable(sampler_name: str, run: Run, chunk: Callable[[dict], int]) -> comfy.samplers.KSAMPLER:
+def resumable(sampler_name: str, run: Run, course: Callable[[dict], dict]) -> comfy.samplers.KSAMPLER:
     """A sampler of ComfyUI that goes on with ``run``, notes every step in it and leaves its result there.
 
     Args:
         sampler_name: a deterministic one.
-        chunk: from the sampler's ``extra_args`` to the frames that go through the model at once, to be noted too.
+        course: from the sampler's ``extra_args`` to what a run that goes on has to do alike, to be noted too.
     """
     plain = comfy.samplers.sampler_object(sampler_name)
 
@@ -79,9 +79,9 @@ def resumable(sampler_name: str, run: Run, chunk: Callable[[dict], int]) -> comf
         if sampler_name in ONE_STEP:
             first = done
             x = _load(run, "latent").to(x) if done else x
-            model = _LatentLog(model, run, done, lambda: chunk(extra_args))
+            model = _LatentLog(model, run, done, lambda: course(extra_args))
         elif is_resumable(sampler_name, steps):
-            model = _PredictionLog(model, run, sigmas, lambda: chunk(extra_args), calls_of(sampler_name, steps))
+            model = _PredictionLog(model, run, sigmas, lambda: course(extra_args), calls_of(sampler_name, steps))
 
         def shifted(state: dict) -> None:
             callback({**state, "i": state["i"] + first})
@@ -113,14 +113,14 @@ def _load(run: Run, kind: str, number: int | None = None) -> Tensor:
 class _LatentLog:
     """Stands for the model: notes the latent with which each step begins."""
 
-    def __init__(self, model, run: Run, step: int, chunk: Callable[[], int]):
+    def __init__(self, model, run: Run, step: int, course: Callable[[], dict]):
         self.inner_model, self._model = model.inner_model, model
-        self._run, self._step, self._chunk = run, step, chunk
+        self._run, self._step, self._course = run, step, course
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
         run = self._run
         if self._step > run.progress.get("step", 0):
-            _save(run, "latent", self._step, x, run.names(), step=self._step, chunk=self._chunk())
+            _save(run, "latent", self._step, x, run.names(), step=self._step, **self._course())
         self._step += 1
         return self._model(x, sigma, **kwargs)
 
@@ -132,9 +132,9 @@ class _PredictionLog:
         most: predictions that are noted, so that the disk takes no more than was said; those after them are made again.
     """
 
-    def __init__(self, model, run: Run, sigmas: Tensor, chunk: Callable[[], int], most: int):
+    def __init__(self, model, run: Run, sigmas: Tensor, course: Callable[[], dict], most: int):
         self.inner_model, self._model = model.inner_model, model
-        self._run, self._sigmas, self._chunk, self._most = run, sigmas, chunk, most
+        self._run, self._sigmas, self._course, self._most = run, sigmas, course, most
         self._call, self._recorded = 0, run.progress.get("prediction", 0)
 
     def __call__(self, x: Tensor, sigma: Tensor, **kwargs) -> Tensor:
@@ -146,5 +146,5 @@ class _PredictionLog:
             return out
         reached = int((self._sigmas[:-1] >= sigma[0] * (1 - 1e-4)).sum())
         step = min(reached, len(self._sigmas) - 2)  # the last one is done with the result alone
-        _save(self._run, "prediction", self._call, out, [], step=step, chunk=self._chunk())
+        _save(self._run, "prediction", self._call, out, [], step=step, **self._course())
         return out

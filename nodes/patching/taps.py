@@ -14,6 +14,7 @@ from itertools import count
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ...adaflow.descriptors import layer_sizes
@@ -280,7 +281,7 @@ def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict)
     if fast or step_pass.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     branches = tuple(zip(options["uuids"], options["cond_or_uncond"], strict=True))
-    repeated = args[1] if options.get(ALIKE_KEY) else None
+    repeated = args[1] if options.get(ALIKE_KEY) and not _prompts_may_change(options) else None
     prompts = None if repeated is None else (repeated, repeated[:: len(x) // len(branches)])
     call = UNetCall(step_pass, branches, tuple(x.shape[-2:]), family.levels, fast, prompts)
     token = _running.set(call)
@@ -292,10 +293,21 @@ def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict)
         _running.reset(token)
 
 
+def _prompts_may_change(options: dict) -> bool:
+    """Whether another pack's wrapper may give the UNet other prompts than ComfyUI made of the conditioning."""
+    wrappers = options.get("wrappers", {})
+    return any(
+        held and not str(key).startswith(PASS_KEY)
+        for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+        for key, held in wrappers.get(kind, {}).items()
+    )
+
+
 def with_pass(model_options: dict, step_pass: UNetPass, conds: list) -> dict:
     """A copy of ``model_options`` whose forwards, of these processed ``conds``, run under ``step_pass``."""
     prompts = [cond["model_conds"].get("c_crossattn") for branch in conds for cond in branch or ()]
     alike = all(prompt is not None and prompt.cond.shape[0] == 1 for prompt in prompts)
+    alike = alike and "model_function_wrapper" not in model_options  # which may give every frame another
     options = {**model_options["transformer_options"], PASS_KEY: step_pass, ALIKE_KEY: alike}
     return {**model_options, "transformer_options": options}
 

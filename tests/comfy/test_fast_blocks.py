@@ -12,6 +12,7 @@ from comfy.ldm.modules import attention
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, Upsample
 from comfy.ops import manual_cast
+from comfy.patcher_extension import WrappersMP
 from graph import Graph, plain_euler, select
 from models import small_model
 from test_clean_up import cancel, failing, leftovers, plain
@@ -148,6 +149,40 @@ def test_a_run_projects_the_prompts_of_its_branches_once(prompts, per_frame):
     prompts.clear()
     graph.edit(plan)
     assert prompts and any(keys > 2 for _, keys in prompts) == per_frame
+
+
+def by_function(model, scale):
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: apply(args["input"], args["timestep"], **{**args["c"], "c_crossattn": scale(args["c"])})
+    )
+
+
+def by_wrapper(model, scale):
+    def wrapper(executor, x, timesteps, context, *args, **kwargs):
+        return executor(x, timesteps, scale({"c_crossattn": context}), *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another pack", wrapper)
+
+
+@pytest.mark.parametrize("change", [by_function, by_wrapper])
+def test_prompts_that_another_pack_gives_each_frame_are_projected_for_each(prompts, change, monkeypatch):
+    """As prompt travel does, where ComfyUI's conditioning has one prompt for all frames."""
+    graph = Graph("sd2", steps=2)
+    plan, model, edits = select(graph.descriptors, -1.0, -1.0, max_clip=3, mode="fixed"), graph.model.clone(), {}
+
+    def scale(conditions):
+        prompt = conditions["c_crossattn"]
+        return prompt * torch.linspace(0.5, 1.5, len(prompt))[:, None, None]
+
+    change(model, scale)
+    plain = graph.edit(plan)
+    for kind in ("fast", "own"):
+        monkeypatch.setenv(fast_blocks.VARIABLE, kind)
+        prompts.clear()
+        edits[kind] = graph.edit(plan, model=model)
+        assert bool(prompts) == (kind == "fast")
+    assert oracles.relative_error(edits["fast"], edits["own"]) < 1e-5
+    assert oracles.relative_error(edits["own"], plain) > 1e-2
 
 
 def test_attention_to_a_prompt_that_is_changed_stays_as_it_is(prompts, monkeypatch):

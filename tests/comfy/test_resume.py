@@ -3,6 +3,7 @@
 import gc
 import logging
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from adaflow_pack.adaflow.runs import open_run, remove_old_runs
 from adaflow_pack.adaflow.storage import save_tensor
 from adaflow_pack.nodes.common import resumable_run
 from adaflow_pack.nodes.invert import AdaFlowDDIMInvert
-from adaflow_pack.nodes.patching import resume
+from adaflow_pack.nodes.patching import patch, resume
 from adaflow_pack.nodes.patching.fingerprint import fingerprint, model_fingerprint, vae_fingerprint
 from adaflow_pack.nodes.patching.preview import NodeText
 from adaflow_pack.nodes.propagate import AdaFlowTokenPropagate
@@ -235,6 +236,23 @@ def test_an_edit_goes_on_after_its_last_whole_step(graph, sampler, caplog):
     with forwards(graph.model) as calls:
         assert torch.equal(propagate(edit), whole)
         assert not calls
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("in_ram", [True, False])
+def test_an_edit_goes_on_with_its_latents_where_they_were(graph, sampler, in_ram, monkeypatch):
+    """In RAM or on the device, whichever is better by now: a sampler's arithmetic differs there in its last bits."""
+    where, announce = [], patch.EditPatch._announce
+    monkeypatch.setattr(patch.EditPatch, "_announce", lambda *args: where.append(args[-1]) or announce(*args))
+    _, edit = graph.joint(sampler=sampler)
+    with forwards(graph.model) as calls:
+        propagate(edit, AFRESH)
+    for better, resume_or_not, at in ((in_ram, AFRESH, len(calls) // 2), (not in_ram, "resume", None)):
+        monkeypatch.setattr(patch, "_better_in_ram", lambda *_, better=better: better)
+        with forwards(graph.model, at, boom) if at else nullcontext(), pytest.raises(Boom) if at else nullcontext():
+            propagate(edit, resume_or_not)
+    propagate(edit, AFRESH)
+    assert where[-3:] == [in_ram, in_ram, not in_ram]
 
 
 def test_a_sampler_that_cannot_go_on_starts_afresh_and_says_so(graph, caplog):

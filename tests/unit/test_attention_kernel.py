@@ -46,6 +46,12 @@ def test_attention_to_a_prompt_on_the_cpu_equals_the_oracle():
     assert oracles.relative_error(found, torch.stack([expected[0]] * 2)) < 1e-6
 
 
+def test_images_that_cannot_share_prompts_evenly_are_refused():
+    q, k = torch.randn(5, 7, 32), torch.randn(2, 5, 32)
+    with pytest.raises(ValueError, match="5 images cannot share 2 prompts"):
+        attention.prompt_attention(q, k, k, 4)
+
+
 def test_on_the_cpu_the_plain_backend_is_used(monkeypatch):
     monkeypatch.setenv(attention.BACKEND_VARIABLE, "triton")
     q, k = torch.randn(2, 7, 32), torch.randn(3, 7, 32)
