@@ -1,4 +1,4 @@
-"""Times a UNet's blocks as they are, in channels_last, and run fast: norms alone, blocks, and whole forwards.
+"""Times a UNet's blocks as they are, in channels_last, and run fast: norms and products alone, blocks, whole forwards.
 
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/norms.py --out benchmarks/results/h100-norms.json
 
@@ -21,6 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 NORMS = [(320, (48, 84)), (640, (48, 84)), (960, (48, 84)), (640, (24, 42)), (1280, (24, 42)), (1920, (24, 42)),
          (1280, (12, 21)), (2560, (12, 21)), (2560, (6, 11))]  # fmt: skip
+PRODUCTS = [(320, (48, 84)), (640, (24, 42)), (1280, (12, 21))]
 FORMATS = {"as it is": torch.contiguous_format, "channels_last": torch.channels_last, "fast": torch.channels_last}
 
 
@@ -68,6 +69,22 @@ def norm_row(channels: int, size: tuple[int, int], batch: int) -> dict:
     row = row_of({"channels": channels, "size": size, "batch": batch}, functions, 0.1)
     row["GB/s of the kernel, two reads and a write"] = round(3 * x.numel() * x.element_size() / row["fast"] / 1e6)
     return row
+
+
+def product_row(channels: int, size: tuple[int, int], batch: int) -> dict:
+    """The widening product of a feed forward and GEGLU after it, against both in one kernel."""
+    from adaflow_pack.adaflow import fused
+
+    x = torch.randn(batch, size[0] * size[1], channels, device=DEVICE).to(DTYPE)
+    weight = (torch.randn(8 * channels, channels, device=DEVICE) / channels**0.5).to(DTYPE)
+    bias = torch.randn(8 * channels, device=DEVICE).to(DTYPE)
+    functions = {"PyTorch's product, fused GEGLU": lambda: fused.geglu(F.linear(x, weight, bias))}
+    if DEVICE == "cuda" and fused._product_works(x.device, x.dtype):
+        from adaflow_pack.adaflow import fused_triton
+
+        functions["one kernel"] = lambda: fused_triton.gated_linear(x, weight, bias)
+    functions["fast"] = lambda: fused.gated_linear(x, weight, bias)
+    return row_of({"product": channels, "size": size, "batch": batch}, functions, 0.1)
 
 
 def block_rows(unet, size: tuple[int, int], batch: int) -> list[dict]:
@@ -169,13 +186,15 @@ def main() -> None:
         from adaflow_pack.adaflow import fused
         from models import SD2, SD2_FULL, random_model
 
-        size, norms, batches, config = (48, 84), NORMS, options.batches, SD2_FULL
+        size, norms, products, batches, config = (48, 84), NORMS, PRODUCTS, options.batches, SD2_FULL
         if options.small:
             size, norms, batches, config = (8, 12), [(64, (8, 12)), (96, (4, 6))], [2], SD2
+            products = [(64, (8, 12))]
         if DEVICE == "cuda" and not fused.kernels_work(torch.device(DEVICE, torch.cuda.current_device())):
             sys.exit("the kernels do not run here")
         results = {"comfyui": comfyui_version()}
         results["norms"] = [norm_row(*shape, batches[0]) for shape in norms]
+        results["products"] = [product_row(*shape, batches[0]) for shape in products]
         model = random_model(config, "eps", 0, DTYPE)
         unet = model.model.diffusion_model.to(DEVICE)
         results["blocks"] = block_rows(unet, size, batches[0])

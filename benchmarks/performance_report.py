@@ -211,7 +211,8 @@ def fast_path_table() -> str:
             for row in result["rows"]
         ]
         machine = "On a CPU" if result["gpu"] == "none" else f"On an {result['gpu']}"
-        parts.append(f"{machine}:\n\n" + table(["what", "precision", "relative difference", "limit"], rows))
+        broken_off = "" if result.get("complete", True) else " (the run was broken off)"
+        parts.append(f"{machine}{broken_off}:\n\n" + table(["what", "precision", "relative difference", "limit"], rows))
     return "\n\n".join(parts)
 
 

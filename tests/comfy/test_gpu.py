@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import comfy.model_management
+import comfy.sample
+import comfy.samplers
 import oracles
 import pytest
 import torch
@@ -159,11 +161,23 @@ def test_a_product_with_geglu_equals_the_oracle(dtype, tolerance, channels, toke
     x, weight, bias = (t.to(dtype) for t in (x, weight / channels**0.5, weight[:, 0]))
     product = x.double() @ weight.double().T + bias.double()
     found = oracles.relative_error(fused.gated_linear(x, weight, bias), oracles.geglu(product))
+    by_kernel = fused._product_is_faster(x, weight) and fused._product_works(x.device, dtype)
+    assert by_kernel == (torch.cuda.get_device_capability() == (9, 0) and channels < 1280)
     RESULTS[f"product with GEGLU, {channels} channels, {dtype}"] = {
         "relative error": found,
-        "by the kernel": fused._product_is_faster(x) and fused._product_works(x.device, dtype),
+        "by the kernel": by_kernel,
     }
     assert found < tolerance
+
+
+def test_a_product_with_geglu_of_what_tiles_cannot_be_copied_from_is_pytorchs():
+    """Rows that begin at no multiple of 16 bytes."""
+    x, weight = torch.randn(9 * 320 + 1, device="cuda").half(), torch.randn(2560, 320, device="cuda").half()
+    odd, bias = x[1:].view(1, 9, 320), weight[:, 0]
+    assert not fused._product_is_faster(odd, weight)
+    assert torch.equal(
+        fused.gated_linear(odd, weight, bias), fused.geglu(torch.nn.functional.linear(odd, weight, bias))
+    )
 
 
 @pytest.mark.parametrize("channels, size, to", [(320, (24, 42), (48, 84)), (1280, (6, 11), (12, 21))])
@@ -265,23 +279,57 @@ def test_a_step_with_fast_blocks(full_size, monkeypatch):
     assert 0 < difference < 1e-2
 
 
-def test_activations_that_wait_in_host_memory(full_size, monkeypatch):
-    """The same but for rounding, since latents are sampled there too, and less memory on the device."""
+@pytest.mark.parametrize("what", ["activations", "latents"])
+def test_what_waits_in_host_memory(full_size, what, monkeypatch):
+    """Activations of keyframes keep every bit; a sampler's arithmetic on latents is rounded otherwise in RAM."""
     plan, found = select(full_size.descriptors, -1.0, -1.0, max_clip=6, mode="fixed"), {}
-    for on_host in (False, True, False, True):  # the first two warm up
-        monkeypatch.setattr(patch, "better_on_host", lambda *_, answer=on_host: answer)
+    for there in (False, True, False, True):  # the first two warm up
+        monkeypatch.setattr(patch, "better_on_host", lambda *_, yes=there and what == "activations": yes)
+        monkeypatch.setattr(patch, "_better_in_ram", lambda *_, yes=there and what == "latents": yes)
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         out = one_step(full_size, plan, (1.0, 1.0), chunk=8)
         torch.cuda.synchronize()
-        found[on_host] = out, time.perf_counter() - started, torch.cuda.max_memory_allocated()
-    assert oracles.relative_error(found[True][0], found[False][0]) < 1e-6
+        found[there] = out, time.perf_counter() - started, torch.cuda.max_memory_allocated()
+    difference = oracles.relative_error(found[True][0], found[False][0])
+    assert difference == 0 if what == "activations" else difference < 1e-6
     assert found[True][2] < found[False][2]
-    RESULTS["step of 240 frames, 40 keyframes, budget 8, by where activations wait"] = {
-        "on the device" if not on_host else "in host memory": {"seconds": seconds, "peak GiB": peak / 2**30}
-        for on_host, (_, seconds, peak) in found.items()
-    }
+    RESULTS[f"step of 240 frames, 40 keyframes, budget 8, by where {what} are"] = {
+        "on the device" if not there else "in RAM": {"seconds": seconds, "peak GiB": peak / 2**30}
+        for there, (_, seconds, peak) in found.items()
+    } | {"difference": difference}
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "uni_pc"])
+def test_an_edit_with_a_noise_mask_and_its_latents_in_ram(sampler, monkeypatch):
+    """As ComfyUI hands them on; its mask and the latents under it go there with them, and previews come back."""
+    graph, edits, seen = Graph("sd2", steps=3, model=small_model("sd2", device="cuda")), {}, []
+    plan = select(graph.descriptors, -1.0, -1.0, max_clip=2, mode="schedule", schedule="0,3,4")
+    mask = torch.zeros(len(graph.latent), 1, *graph.latent.shape[2:])
+    mask[..., : mask.shape[-1] // 2] = 1.0
+    for in_ram in (False, True):
+        monkeypatch.setattr(patch, "_better_in_ram", lambda *_, yes=in_ram: yes)
+        edits[in_ram] = comfy.sample.sample_custom(
+            graph.patch(plan, graph.slim(2)),
+            torch.zeros_like(graph.latent),
+            3.0,
+            comfy.samplers.sampler_object(sampler),
+            graph.sigmas(),
+            graph.positive,
+            graph.negative,
+            graph.latent,
+            noise_mask=mask,
+            callback=lambda step, denoised, *_: seen.append(denoised.device.type),
+            disable_pbar=True,
+            seed=0,
+        )
+    assert set(seen) == {"cuda"}
+    assert oracles.relative_error(edits[True][..., -2:], graph.latent[..., -2:]) < 1e-2
+    assert oracles.relative_error(edits[True], graph.latent) > 1e-2
+    found = oracles.relative_error(edits[True], edits[False])
+    RESULTS[f"edit with a noise mask, {sampler}, latents in RAM against on the device"] = found
+    assert found < 1e-3
 
 
 @pytest.mark.parametrize("injecting", [True, False])
