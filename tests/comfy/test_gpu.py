@@ -304,7 +304,7 @@ def test_what_waits_in_host_memory(full_size, what, monkeypatch):
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "uni_pc"])
 def test_an_edit_with_a_noise_mask_and_its_latents_in_ram(sampler, monkeypatch):
     """As ComfyUI hands them on; its mask and the latents under it go there with them, and previews come back."""
-    graph, edits, seen = Graph("sd2", steps=3, model=small_model("sd2", device="cuda")), {}, []
+    graph, edits, seen = Graph("sd2", steps=3, model=small_model("sd2", device=torch.device("cuda"))), {}, []
     plan = select(graph.descriptors, -1.0, -1.0, max_clip=2, mode="schedule", schedule="0,3,4")
     mask = torch.zeros(len(graph.latent), 1, *graph.latent.shape[2:])
     mask[..., : mask.shape[-1] // 2] = 1.0
