@@ -95,7 +95,7 @@ def made_small(memory: float):
         yield 0.0
         return
     torch.cuda.empty_cache()
-    size = torch.cuda.mem_get_info()[0] + torch.cuda.memory_allocated() - int(memory * 2**30)
+    size = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - int(memory * 2**30)
     ballast = torch.empty(max(0, size), dtype=torch.uint8, device="cuda")
     yield ballast.nbytes / 2**30
     del ballast
