@@ -155,8 +155,8 @@ def main() -> None:
         from graph import Graph
         from models import SD2_FULL, clip_latent, random_model
 
+        about = {"comfyui": comfyui_version(), "complete": False, "rows": report.rows}
         if options.out:
-            about = {"comfyui": comfyui_version(), "complete": False, "rows": report.rows}
             report.save = lambda: write_result(options.out, about, options.commit)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # whatever ComfyUI chose
         operations(report, torch.float32, SINGLE)
@@ -173,9 +173,8 @@ def main() -> None:
             graph = Graph("sd2", latent=clip_latent(48, (48, 84)), steps=1, model=model, source=source)
             graph.positive, graph.negative = [[source[0][0].flip(1), {}]], [[source[0][0].flip(2), {}]]
             steps(report, graph, 12, "float16", HALF)
-        if options.out:
-            about["complete"] = True
-            report.save()
+        about["complete"] = True
+        report.save()
     sys.exit(0 if report.good else 1)
 
 

@@ -152,14 +152,16 @@ def test_a_run_projects_the_prompts_of_its_branches_once(prompts, per_frame):
 
 
 def by_function(model, scale):
-    model.set_model_unet_function_wrapper(
-        lambda apply, args: apply(args["input"], args["timestep"], **{**args["c"], "c_crossattn": scale(args["c"])})
-    )
+    def wrapper(apply, args):
+        conditions = {**args["c"], "c_crossattn": scale(args["c"]["c_crossattn"])}
+        return apply(args["input"], args["timestep"], **conditions)
+
+    model.set_model_unet_function_wrapper(wrapper)
 
 
 def by_wrapper(model, scale):
     def wrapper(executor, x, timesteps, context, *args, **kwargs):
-        return executor(x, timesteps, scale({"c_crossattn": context}), *args, **kwargs)
+        return executor(x, timesteps, scale(context), *args, **kwargs)
 
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "another pack", wrapper)
 
@@ -170,8 +172,7 @@ def test_prompts_that_another_pack_gives_each_frame_are_projected_for_each(promp
     graph = Graph("sd2", steps=2)
     plan, model, edits = select(graph.descriptors, -1.0, -1.0, max_clip=3, mode="fixed"), graph.model.clone(), {}
 
-    def scale(conditions):
-        prompt = conditions["c_crossattn"]
+    def scale(prompt):
         return prompt * torch.linspace(0.5, 1.5, len(prompt))[:, None, None]
 
     change(model, scale)
