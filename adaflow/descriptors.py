@@ -1,6 +1,5 @@
 """Token descriptors: diffusion features of the clean frames (DIFT, arXiv 2306.03881) at every layer resolution."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .runs import Run
-from .storage import SafetensorsReader, SafetensorsWriter
+from .storage import Beside, SafetensorsReader, SafetensorsWriter
 
 FORMAT = "adaflow-descriptors-2"
 LEVELS = 4
@@ -56,7 +55,7 @@ class DescriptorWriter:
         self._writer = SafetensorsWriter(path, names, about)
         self._writer.write("slice_rgb", 0, slice_rgb)
         self._missing, self._dtype = set(range(shape[0])), dtype
-        self._thread, self._writing = ThreadPoolExecutor(1, "adaflow-descriptors"), None
+        self._beside = Beside()
 
     @property
     def checksum(self) -> str | None:
@@ -74,8 +73,7 @@ class DescriptorWriter:
             on_host = torch.empty(values.shape, dtype=self._dtype, pin_memory=True)
             values = on_host.copy_(values, non_blocking=True)
             copied = torch.cuda.current_stream(maps.device).record_event()
-        self._wait()
-        self._writing = self._thread.submit(self._store, list(frames), values, copied)
+        self._beside.do(self._store, list(frames), values, copied)
         self._missing.difference_update(frames)
 
     def _store(self, frames: list[int], values: Tensor, copied: "torch.cuda.Event | None") -> None:
@@ -84,23 +82,16 @@ class DescriptorWriter:
         for frame, one in zip(frames, values, strict=True):
             self._writer.write("descriptors", frame, one[None])
 
-    def _wait(self) -> None:
-        """Return when all is written that came."""
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
-
     def close(self) -> "Descriptors":
         """Raises ValueError when a frame was never written, OSError when one could not be."""
         if self._missing:
             self.discard()
             raise ValueError(f"{len(self._missing)} frames have no descriptors, the first is {min(self._missing)}")
-        self._wait()
-        self._thread.shutdown()
+        self._beside.close()
         return Descriptors(self._writer.close())
 
     def discard(self) -> None:
-        self._thread.shutdown()
+        self._beside.discard()
         self._writer.discard()
 
 

@@ -90,6 +90,43 @@ def checksum(path: Path, between: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
+class Beside:
+    """Has one thing at a time done in a thread, while the caller goes on.
+
+    As a context it is closed when that is left, by an error too.
+    """
+
+    def __init__(self):
+        self._thread, self._doing = ThreadPoolExecutor(1, "adaflow-beside"), None
+
+    def do(self, function: Callable, *args) -> None:
+        """Begin with the next, once the one before is done; raises what that raised."""
+        self._wait()
+        self._doing = self._thread.submit(function, *args)
+
+    def _wait(self) -> None:
+        doing, self._doing = self._doing, None
+        if doing is not None:
+            doing.result()
+
+    def close(self) -> None:
+        """Wait for the last one; raises what that raised."""
+        try:
+            self._wait()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Wait for the last one, whatever became of it."""
+        self._thread.shutdown()
+
+    def __enter__(self) -> "Beside":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
 class SafetensorsWriter:
     """A safetensors file whose tensors are written in pieces.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...adaflow.ddim import ddim_timesteps, inversion_step, sigma_to_mu
 from ...adaflow.descriptors import DescriptorWriter
 from ...adaflow.estimate import Pace, inversion_needs
+from ...adaflow.storage import Beside
 from ...adaflow.trajectory import TrajectoryWriter
 from .evaluator import Ahead, auto_chunk, prompts_on_device
 from .families import UNetFamily, unet_family
@@ -180,13 +181,20 @@ def _inversion_sampler(
     where: str,
     refine: int,
 ) -> Callable:
-    """A sampler function for ComfyUI that goes up in noise, and on from the trajectory's last level."""
+    """A sampler function for ComfyUI that goes up in noise, and on from the trajectory's last level.
+
+    A level goes to the disk while the next one is computed. It is there when the function ends, be it by an error.
+    """
 
     def first_pass(evaluate, frames, x):
         taken = DescriptorPass(stop=False)
         out = evaluate(x, taken)
         descriptors.write(frames, taken.feature)
         return out
+
+    def write(x, chunk, describing):
+        also = {descriptors.close().path.name: descriptors.checksum} if describing else {}
+        trajectory.write(x, chunk, also)
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
         levels = [float(sigma) for sigma in sigmas]
@@ -195,21 +203,21 @@ def _inversion_sampler(
         else:
             x = trajectory.state().to(x)
         ones = x.new_ones(x.shape[0])
-        for level in range(trajectory.level + 1, len(levels)):
-            start, describing = x, level == 1 and descriptors is not None
-            evaluations = range((level - 1) * (1 + refine), level * (1 + refine))
-            inference.pace.begin_step(evaluations[0])
-            for number in evaluations:
-                inference.on_chunk = first_pass if describing and number == 0 else None
-                x_in = x / sigma_to_mu(levels[level]).item()
-                denoised = model(x_in, levels[level] * ones, **(extra_args or {}))
-                x = inversion_step(start, (x_in - denoised) / levels[level], levels[level - 1], levels[level])
-                _require_finite(x, where, level, levels)
-                if number == evaluations[-1]:
-                    also = {descriptors.close().path.name: descriptors.checksum} if describing else {}
-                    trajectory.write(x, inference.chunk, also)
-                if callback is not None:
-                    callback({"i": number, "denoised": denoised, "x": x, "sigma": sigmas[level]})
+        with Beside() as beside:
+            for level in range(trajectory.level + 1, len(levels)):
+                start, describing = x, level == 1 and descriptors is not None
+                evaluations = range((level - 1) * (1 + refine), level * (1 + refine))
+                inference.pace.begin_step(evaluations[0])
+                for number in evaluations:
+                    inference.on_chunk = first_pass if describing and number == 0 else None
+                    x_in = x / sigma_to_mu(levels[level]).item()
+                    denoised = model(x_in, levels[level] * ones, **(extra_args or {}))
+                    x = inversion_step(start, (x_in - denoised) / levels[level], levels[level - 1], levels[level])
+                    _require_finite(x, where, level, levels)
+                    if number == evaluations[-1]:
+                        beside.do(write, x.cpu(), inference.chunk, describing)
+                    if callback is not None:
+                        callback({"i": number, "denoised": denoised, "x": x, "sigma": sigmas[level]})
         return x / sigma_to_mu(levels[-1]).item()
 
     return sampler
