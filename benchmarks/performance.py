@@ -32,6 +32,7 @@ from kernel_families import profiled
 STARTED = time.perf_counter()
 INVERSION_STEPS = EDIT_STEPS = 50
 INJECTING = 0.8
+SEGMENT_UNIT = 2 << 20  # bytes of which torch's allocator takes large tensors' memory from CUDA
 INVERSION, FURTHER = "inversion, first step, descriptors taken", "inversion, each further step"
 MATCHING = f"matching, {EDIT_STEPS} draws"
 
@@ -96,6 +97,7 @@ def made_small(memory: float):
         return
     torch.cuda.empty_cache()
     size = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - int(memory * 2**30)
+    size -= size % SEGMENT_UNIT  # else the rest of the last one is handed out, and the whole is never given back
     ballast = torch.empty(max(0, size), dtype=torch.uint8, device="cuda")
     yield ballast.nbytes / 2**30
     del ballast

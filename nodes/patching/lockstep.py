@@ -74,7 +74,7 @@ class Exchange:
         chunks.add(chunk)
 
     def meet(self) -> None:
-        """Wait until all others have published."""
+        """Wait until all others have come as far."""
         if len(self._places) > 1:
             getcurrent().parent.switch()
 

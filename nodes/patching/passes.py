@@ -167,10 +167,11 @@ class EditJointPass(UNetPass):
         def own_keys() -> tuple[Tensor, ...]:
             return split(attn.to_k(x if context is None else context))
 
-        publish("k", self._captured(call, "key", layer) if injected else own_keys())
-        publish("v", split(attn.to_v(_first(value, context, x))))
         if self.parked is not None:
             self.parked.leave()
+        self.exchange.meet()  # here nobody holds keys and values of the layer before any more
+        publish("k", self._captured(call, "key", layer) if injected else own_keys())
+        publish("v", split(attn.to_v(_first(value, context, x))))
         self.exchange.meet()
         keys, values = taken("k"), taken("v")
         # made last: while other chunks are waited for, every chunk would hold its own

@@ -169,8 +169,14 @@ def tapped(unet: nn.Module, family: UNetFamily):
                 return original(*args, **kwargs)
             feature = call.step_pass.given_feature(call) if block is conv and conv_is_free else None
             if feature is not None:
-                return block.skip_connection(args[0]) + feature
-            return call.step_pass.block(call, block, attentions, original, args)
+                out = block.skip_connection(args[0]) + feature
+            else:
+                out = call.step_pass.block(call, block, attentions, original, args)
+            if block in joining and not (block._forward_hooks or torch.is_grad_enabled()):
+                args[
+                    0
+                ].set_()  # ComfyUI keeps it through the block, as large as three activations, and reads it no more
+            return out
 
         return forward
 
@@ -232,6 +238,8 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
     conv = unet.output_blocks[family.conv_block][0]
     conv_is_free = not any(module._forward_hooks or module._forward_pre_hooks for module in conv.modules())
+    # the first of a decoder block: what goes in was joined for it from the block before and a skip connection
+    joining = {block[0] for block in unet.output_blocks if not (block._forward_hooks or block._forward_pre_hooks)}
     try:
         attentions = list(self_attentions(unet))
         for layer, attn in attentions:

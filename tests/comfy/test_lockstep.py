@@ -84,6 +84,40 @@ def test_skip_connections_of_chunks_that_wait_go_to_host_memory(patched, monkeyp
     assert not emptied or max(len(sizes) for sizes in emptied) == 12
 
 
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (1.0, 1.0)])
+def test_keys_and_values_of_one_layer_are_held_at_a_time(shares, monkeypatch):
+    graph, held, publish = Graph("sd1", frames=7, steps=2), [], Exchange.publish
+
+    def published(exchange, key, chunk, part):
+        publish(exchange, key, chunk, part)
+        held.append({layer for branch, layer, kind in exchange._published})
+
+    monkeypatch.setattr(Exchange, "publish", published)
+    graph.edit(each_frame(graph.descriptors), shares=shares, chunk=2)
+    assert {len(layers) for layers in held} == {1} and len(set.union(*held)) > 1
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["alone", "with a hook that reads it"])
+def test_what_a_decoder_block_takes_in_is_dropped_before_its_attention(hooked):
+    """ComfyUI's forward holds on to it until the block is done."""
+    graph = Graph("sd1", frames=5, steps=2)
+    plan, seen, sizes = select(graph.descriptors, -1.0, -1.0, max_clip=2), [], []
+    before = graph.edit(plan, chunk=1)
+    res_block, transformer = graph.model.model.diffusion_model.output_blocks[-1][:2]
+    hooks = [
+        res_block.in_layers[0].register_forward_pre_hook(lambda norm, args: seen.append(weakref.ref(args[0]))),
+        transformer.norm.register_forward_pre_hook(lambda norm, args: sizes.append(seen[-1]().numel())),
+    ]
+    if hooked:
+        hooks.append(res_block.register_forward_hook(lambda block, args, out: None))
+    try:
+        assert torch.equal(graph.edit(plan, chunk=1), before)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert sizes and all((size > 0) == hooked for size in sizes)
+
+
 def test_what_is_parked_comes_back_with_its_bits():
     skips = [torch.randn(2, 3, 4, 5), torch.randn(2, 5, 4, 3).permute(0, 3, 2, 1), torch.randn(9, 4)[2:5]]
     before, park = [skip.clone() for skip in skips], ParkedSkips()
