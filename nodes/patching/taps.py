@@ -173,9 +173,8 @@ def tapped(unet: nn.Module, family: UNetFamily):
             else:
                 out = call.step_pass.block(call, block, attentions, original, args)
             if block in joining and not (block._forward_hooks or torch.is_grad_enabled()):
-                args[
-                    0
-                ].set_()  # ComfyUI keeps it through the block, as large as three activations, and reads it no more
+                # ComfyUI keeps it through the block, as large as three activations, and reads it no more
+                args[0].set_()
             return out
 
         return forward
