@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...adaflow.attention import frame_attention
 from ...adaflow.memory import is_out_of_memory
 from .fast_blocks import BLOCK_PATCHES
-from .taps import restore_forward
+from .taps import restore_method
 
 logger = logging.getLogger(__name__)
 BACKEND = "inductor"
@@ -164,4 +164,4 @@ def _passed_through(attentions):
         yield
     finally:
         for attn, forward in before:
-            restore_forward(attn, forward)
+            restore_method(attn, "forward", forward)

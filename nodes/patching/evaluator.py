@@ -23,7 +23,7 @@ from ...adaflow.trajectory import Trajectory
 from . import lockstep
 from .compiled import BlockCompiler
 from .families import UNetFamily
-from .memory import give_back, halved, has_host, unet_sizes
+from .memory import batched_by, give_back, halved, has_host, unet_sizes
 from .parking import ParkedSkips
 from .passes import (
     EditJointPass,
@@ -175,6 +175,7 @@ class EditEvaluator:
         self._rows = {frame: row for row, frame in enumerate(frames)}
         self.pace, self.device, self.on_host, self.compiler = pace, device, on_host, compiler
         self._chunk, self._latents_in_ram = settings.chunk, latents_in_ram
+        self._sizes: UNetSizes | None = None
         # for copies beside the computing; one for all, since the allocator keeps memory by stream
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -196,19 +197,20 @@ class EditEvaluator:
         step = step_of(sigma, self.sample_sigmas)
         self.pace.begin_step(step)
         self.plan.expect(range(step, self.steps), self.settings.interpolate, _stop_if_cancelled)
+        self._sizes = self._sizes or unet_sizes(model, self.family, self.device)
         evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
         try:
-            with tapped(self.unet, self.family):
+            with tapped(self.unet, self.family), batched_by(self._sizes, model):
                 out = evaluation.run()
         finally:
             evaluation.state.shelf.clear()  # an error's traceback would keep it
         self._check_finite(out, step, sigma)
         return out
 
-    def chunk(self, model, x: Tensor, branches: int) -> int:
+    def chunk(self, x: Tensor, branches: int) -> int:
         """Frames in one forward; chosen once, from the memory that is free with the model loaded."""
         if not self._chunk:
-            self._chunk = auto_chunk(unet_sizes(model, self.family, self.device), x.shape, branches, self.device)
+            self._chunk = auto_chunk(self._sizes, x.shape, branches, self.device)
             logger.info("AdaFlow: %d frames at a time", self._chunk)
         return self._chunk
 
@@ -356,7 +358,7 @@ class _Evaluation:
         return sum(len(branch) for branch in self.conds if branch is not None)
 
     def _chunk(self) -> int:
-        return self.edit.chunk(self.model, self.x, self._branches())
+        return self.edit.chunk(self.x, self._branches())
 
     def _alone(self) -> int:
         """Frames of one branch by itself that make a batch as large as a chunk of all branches."""

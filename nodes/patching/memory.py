@@ -1,6 +1,7 @@
 """What ComfyUI's models and devices hold: the facts that an estimate starts from, and what to do when it runs out."""
 
 import logging
+from contextlib import contextmanager
 
 import comfy.model_management
 import torch
@@ -11,10 +12,11 @@ from ...adaflow.memory import SmallestBlockError, give_back_ram, is_out_of_memor
 from . import fast_blocks
 from .families import UNetFamily
 from .preview import NodeText
-from .taps import self_attentions
+from .taps import restore_method, self_attentions
 
 logger = logging.getLogger(__name__)
 HOST_SHARE = 0.25  # of the free memory
+BATCHING_MARGIN = 1.5  # times what a model says of a forward is what ComfyUI wants free, to batch conditionings in it
 
 
 def unet_sizes(model, family: UNetFamily, device: torch.device) -> UNetSizes:
@@ -72,6 +74,25 @@ def announce(needs: Needs, device: torch.device, where: str, what: str, got: str
     free = free_memory(device)
     text.put("needs", f"{got}: {describe(needs, free)}")
     refuse_too_large(needs, free, where, what, got, change)
+
+
+@contextmanager
+def batched_by(unet: UNetSizes, model):
+    """Have ComfyUI batch conditionings wherever a forward of BaseModel ``model`` fits by this pack's own estimate.
+
+    A chunk was chosen for all branches in one forward. ComfyUI's estimate of that, from the area alone, is nearly three
+    times as much in half precision: without this a GPU of 8 GB or less gets twice the forwards, of half the size.
+    """
+    replaced = vars(model).get("memory_required")
+
+    def memory_required(input_shape, cond_shapes=None):
+        return input_shape[0] * unet.frame_bytes(tuple(input_shape[2:])) / BATCHING_MARGIN
+
+    model.memory_required = memory_required
+    try:
+        yield
+    finally:
+        restore_method(model, "memory_required", replaced)
 
 
 def has_host(device: torch.device) -> bool:

@@ -147,7 +147,7 @@ def tapped(unet: nn.Module, family: UNetFamily):
 
     def put(module: nn.Module, forward: Callable) -> None:
         replaced = vars(module).get("forward")
-        undo.append(lambda: restore_forward(module, replaced))
+        undo.append(lambda: restore_method(module, "forward", replaced))
         module.forward = forward
 
     def attention_forward(layer: Layer, attn: nn.Module):
@@ -266,11 +266,11 @@ def tapped(unet: nn.Module, family: UNetFamily):
             restore()
 
 
-def restore_forward(module: nn.Module, replaced) -> None:
-    """Take a forward off a module again, where there was ``replaced``, or none of its own."""
-    vars(module).pop("forward", None)
+def restore_method(module: nn.Module, name: str, replaced) -> None:
+    """Take a method off a module again, where there was ``replaced``, or none of its own."""
+    vars(module).pop(name, None)
     if replaced is not None:
-        module.forward = replaced
+        setattr(module, name, replaced)
 
 
 def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict) -> Tensor:

@@ -32,6 +32,7 @@ def leftovers(model):
     unet = model.model.diffusion_model
     found = [name for name, module in unet.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     found += [name for name, module in unet.named_modules() if "forward" in vars(module)]
+    found += [name for name in vars(model.model) if name == "memory_required"]
     found += [key for wrappers in model.wrappers.values() for key in wrappers]
     found += [key for key in model.model_options["transformer_options"] if "adaflow" in key]
     found += [] if _running.get() is None else ["a running call"]
