@@ -2,7 +2,7 @@
 
     python benchmarks/performance_report.py
 
-Reads ``benchmarks/results``: ``h100-performance-*.json``, ``h100-attention.json``, ``*-fast-paths.json``,
+Reads ``benchmarks/results``: ``GPU-performance-*.json``, ``h100-attention.json``, ``*-fast-paths.json``,
 ``cpu-ratios.json`` and the two ``h100-stages-*.json`` of an earlier benchmark. What has no result yet says so.
 """
 
@@ -24,7 +24,14 @@ TOKENFLOW_FAILS = 560
 INJECTING, PAST = "step injecting", "step past injection"
 INVERSION, FURTHER = "inversion, first step, descriptors taken", "inversion, each further step"
 MATCHING = "matching, 50 draws"
+TICKS = {
+    "frames": [100, 250, 500, 1000, 2000, 4000],
+    "keyframes": [25, 50, 100, 200, 400],
+    "seconds": [1, 2, 5, 10, 20, 40],
+}
+GPUS = {"H100": "o-", "H200": "s-"}  # and how what was measured there is drawn
 MANY = 400  # keyframes in one joint pass
+LONG = 4000  # frames
 SHARES = 40, 10  # steps of either kind in an edit
 
 
@@ -55,6 +62,10 @@ class Case:
     matching: float | None = None
 
     @property
+    def gpu(self) -> str:
+        return self.file.split("-")[0].upper()
+
+    @property
     def editing(self) -> float:
         """Seconds of 50 steps."""
         return SHARES[0] * self.injecting + SHARES[1] * self.past
@@ -74,7 +85,7 @@ def cases() -> list[Case]:
         peak = max(old[INJECTING]["peak GiB"], old[PAST]["peak GiB"])
         seconds = old[INJECTING]["seconds"], old[PAST]["seconds"]
         found.append(Case(path.name, "earlier", old["frames"], old["clips"], old["budget"], *seconds, peak, None))
-    for path in sorted(RESULTS.glob("h100-performance-*.json")):
+    for path in sorted(RESULTS.glob("*-performance-*.json")):
         result = json.loads(path.read_text())
         found += [measured_case(path.name, result, case) for case in result.get("cases", []) if PAST in case]
     return found
@@ -114,13 +125,14 @@ def case_table(found: list[Case]) -> str:
     """Every case in a row."""
     rows = [
         [
-            f"[{case.kind}](../benchmarks/results/{case.file})", case.frames, case.keyframes, case.budget,
+            f"[{case.kind}](../benchmarks/results/{case.file})", case.gpu, case.frames, case.keyframes, case.budget,
             f"{case.injecting:.1f}", f"{case.past:.1f}", f"{case.peak:.1f}",
             "" if case.minutes is None else f"{case.minutes:.1f}",
         ]
-        for case in sorted(found, key=lambda case: (case.frames, case.keyframes, case.budget, case.kind))
+        for case in sorted(found, key=lambda case: (case.frames, case.keyframes, case.budget, case.gpu, case.kind))
     ]  # fmt: skip
-    head = ["", "frames", "keyframes", "budget", "step injecting, s", "past injection, s", "peak GiB", "whole, min"]
+    head = ["", "GPU", "frames", "keyframes", "budget", "step injecting, s", "past injection, s", "peak GiB",
+            "whole, min"]  # fmt: skip
     return table(head, rows)
 
 
@@ -142,8 +154,6 @@ def target_table(found: list[Case]) -> str:
 
     eager, compiled = one_of(found, "eager"), one_of(found, "compiled")
     six, four = one_of(found, "eager, on 6 GiB"), one_of(found, "eager, on 4 GiB")
-    fewer = one_of(found, "eager, 24 frames at a time")
-    long, long_on_seven = one_of(found, "eager", 4000), one_of(found, "eager, on 7 GiB", 4000)
     many = next((c for c in found if c.kind == "eager" and c.keyframes == MANY and c.budget == 20), None)
     limits = [("eager", eager, 6.0, 5.2, 7.5), ("compiled", compiled, 4.5, 3.8, 5.5)]
     for kind, case, injecting, _, _ in limits:
@@ -154,8 +164,6 @@ def target_table(found: list[Case]) -> str:
         add(f"inversion, selection and 50 steps, {kind}", "about 32 min", minutes, case and case.minutes, " min")
     add("descriptors and matching, 50 draws", "77 s", 15, eager and eager.matching, " s")
     add("peak GPU memory", "26.2 GiB", 6, eager and eager.peak_of_all, " GiB")
-    if fewer:
-        add("the same, 24 frames at a time, which was 32", "26.2 GiB", 6, fewer.peak_of_all, " GiB")
     if six:
         add("the same, on a GPU made to have 6 GiB", "26.2 GiB", 6, six.peak_of_all, " GiB")
         add("50 steps of editing there", "25.5 min", 292, six.editing, " s")
@@ -165,14 +173,15 @@ def target_table(found: list[Case]) -> str:
     add(
         f"peak GPU memory of {MANY} keyframes in one joint pass{frames}", "does not fit", 16, many and many.peak, " GiB"
     )
-    both = long is not None and eager is not None
-    per_frame = (long.editing / long.frames) / (eager.editing / eager.frames) if both else None
-    add("time for each frame of a step, 4000 frames against 1000", "-", 1.1, per_frame, " times", 2)
-    add("peak GPU memory of a step, 4000 frames against 1000", "TokenFlow ends at about 560 frames", 1.1,
-        long.peak / eager.peak if both else None, " times", 2)  # fmt: skip
-    if long_on_seven and eager:
-        add("the same, 4000 frames on a GPU made to have 7 GiB", "", 1.1, long_on_seven.peak / eager.peak, " times", 2)
-    return table(["", "published", "to reach, at most", "reached", "met"], rows)
+    long = [c for c in found if c.kind.startswith("eager") and (c.frames, c.keyframes, c.budget) == (LONG, 160, 20)]
+    for case in long or [None]:
+        both = case is not None and eager is not None
+        where = f", {LONG} on a GPU made to have {case.memory:g} GiB" if case and case.memory else ""
+        per_frame = (case.editing / case.frames) / (eager.editing / eager.frames) if both else None
+        add(f"time for each frame of a step, {LONG} frames against 1000{where}", "-", 1.1, per_frame, " times", 2)
+        add(f"peak GPU memory of a step, {LONG} frames against 1000{where}", "TokenFlow ends at about 560 frames", 1.1,
+            case.peak / eager.peak if both else None, " times", 2)  # fmt: skip
+    return table(["", "published, on an H100", "to reach, at most", "reached", "met"], rows)
 
 
 def attention_table() -> str:
@@ -228,7 +237,7 @@ def ratio_table() -> str:
 def profile_table() -> str:
     """Where a step's time goes, of every case that was profiled."""
     parts = []
-    for path in sorted(RESULTS.glob("h100-performance-*.json")):
+    for path in sorted(RESULTS.glob("*-performance-*.json")):
         result = json.loads(path.read_text())
         for case, (what, step) in product(
             result.get("cases", []), {"injecting": INJECTING, "past injection": PAST}.items()
@@ -242,7 +251,7 @@ def profile_table() -> str:
 
 
 def plot(found: list[Case], by: str, chosen, baselines: dict, path: Path) -> None:
-    """Seconds of an injecting step, and GiB, against frames or keyframes.
+    """Seconds of an injecting step, and GiB, against frames or keyframes, without compiling.
 
     Args:
         chosen: case -> whether it is drawn.
@@ -253,22 +262,25 @@ def plot(found: list[Case], by: str, chosen, baselines: dict, path: Path) -> Non
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for name, points in baselines.items():
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot([p[0] for p in points], [p[column] for p in points], "x--", label=name)
-    for kind in dict.fromkeys(case.kind for case in found):
-        points = sorted((getattr(c, by), c.injecting, c.peak) for c in found if c.kind == kind and chosen(c))
+    shown = [c for c in found if chosen(c) and c.kind.startswith(("earlier", "eager")) and "at a time" not in c.kind]
+    for gpu, kind in dict.fromkeys((case.gpu, case.kind) for case in shown):
+        points = sorted((getattr(c, by), c.injecting, c.peak) for c in shown if (c.gpu, c.kind) == (gpu, kind))
         for axis, column in zip(axes, (1, 2), strict=True):
-            if points:
-                axis.plot([p[0] for p in points], [p[column] for p in points], "o-", label=f"this pack, {kind}")
+            axis.plot([p[0] for p in points], [p[column] for p in points], GPUS[gpu], label=f"this pack, {gpu}, {kind}")
     axes[0].set(xlabel=by, ylabel="seconds of an injecting step", xscale="log", yscale="log")
     axes[1].set(xlabel=by, ylabel="peak GPU memory, GiB", xscale="log", ylim=(0, None))
     if by == "frames":
         axes[1].axvline(TOKENFLOW_FAILS, linestyle=":", color="grey", label="TokenFlow out of 80 GiB")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.set_xticks(TICKS[by], map(str, TICKS[by]))
+        axis.minorticks_off()
+    axes[0].set_yticks(TICKS["seconds"], map(str, TICKS["seconds"]))
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     plt.rcParams["svg.hashsalt"] = path.name
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -288,7 +300,7 @@ def sections() -> dict[str, str]:
     """The page's parts, by the name in their markers."""
     found = cases()
     return {
-        "targets": target_table(found),
+        **{f"targets on an {gpu}": target_table([case for case in found if case.gpu == gpu]) for gpu in GPUS},
         "cases": case_table(found),
         "profile": profile_table(),
         "attention": attention_table(),

@@ -23,10 +23,10 @@ def test_every_case_stands_in_the_table(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     both = [made_up_case(), made_up_case(compiled=True, **{"extrapolated, whole edit in minutes": 7.21})]
     content = {"options": {"frames": 1000, "memory": 6.0}, "cases": both}
-    (tmp_path / "h100-performance-x.json").write_text(json.dumps(content))
+    (tmp_path / "h200-performance-x.json").write_text(json.dumps(content))
     table = report.case_table(report.cases())
     assert "eager, on 6 GiB" in table and "compiled, on 6 GiB" in table
-    assert "| 1000 | 40 | 20 | 6.0 | 4.0 | 5.5 | 7.2 |" in table
+    assert "| H200 | 1000 | 40 | 20 | 6.0 | 4.0 | 5.5 | 7.2 |" in table
     assert report.attention_table() == report.ratio_table() == report.profile_table() == report.MISSING
 
 
@@ -66,6 +66,20 @@ def test_targets_are_held_against_what_several_files_say(benchmarks, tmp_path, m
     per_frame = rows["time for each frame of a step, 4000 frames against 1000"]  # (1000 + 150) / 4 / (240 + 40)
     assert "| 1.1 times | 1.03 times | yes |" in per_frame
     assert "| 1.1 times | 1.00 times | yes |" in rows["peak GPU memory of a step, 4000 frames against 1000"]
+
+
+def test_4000_frames_on_a_small_gpu_are_held_against_1000_on_a_whole_one(benchmarks, tmp_path, monkeypatch):
+    report = benchmarks("performance_report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    both = {1000: made_up_case(), 4000: made_up_case(keyframes=160, memory=6.0, **{"peak GiB": 6.6})}
+    for frames, case in both.items():
+        content = {"options": {"frames": frames, "memory": 0.0}, "cases": [case]}
+        (tmp_path / f"h200-performance-{frames}.json").write_text(json.dumps(content))
+    table = report.target_table(report.cases())
+    assert "1000, 4000 on a GPU made to have 6 GiB | - | 1.1 times | 0.25 times | yes |" in table
+    assert "6 GiB | TokenFlow ends at about 560 frames | 1.1 times | 1.20 times | **no** |" in table
+    tables = report.sections()
+    assert "6.00 s" in tables["targets on an H200"] and "6.00 s" not in tables["targets on an H100"]
 
 
 def test_a_backend_that_does_not_run_is_said(benchmarks, tmp_path, monkeypatch):
