@@ -111,7 +111,8 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
     """
     require_one_of(resume, RESUME, where, "resume")
     folder = Path(folder_paths.get_output_directory()) / "adaflow_runs"
-    run = open_run(folder, kind, identity, resume != RESUME[0], _stop_if_cancelled)
+    stop_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
+    run = open_run(folder, kind, identity, resume != RESUME[0], stop_if_cancelled)
     if run.note:
         text.put("resume", run.note)
     left = 0 if run.finished else max(0, size_bytes - run.size())
@@ -121,10 +122,6 @@ def resumable_run(kind: str, identity: dict, size_bytes: int, where: str, resume
             what = "latent" if kind == "inversion" else "trajectory"
             require_room(kind, left, folder, where, text, what, removable)
     return run
-
-
-def _stop_if_cancelled() -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def sample_edit(edit, settings, frames: tuple[int, ...], where: str, resume: str) -> Tensor:

@@ -85,10 +85,6 @@ def auto_chunk(unet: UNetSizes, shape, branches: int, device: torch.device) -> i
     return max(1, int(min(fitting, MAX_BATCH.get(device.type, MAX_BATCH_ELSEWHERE)) / branches))
 
 
-def _stop_if_cancelled() -> None:
-    comfy.model_management.throw_exception_if_processing_interrupted()
-
-
 def prompts_on_device(conds: list[list[dict] | None], device: torch.device) -> list[list[dict] | None]:
     """Processed conditioning whose prompts are on ``device``; what has an entry for each frame stays where it is.
 
@@ -196,7 +192,8 @@ class EditEvaluator:
         sigma = float(timestep[0])
         step = step_of(sigma, self.sample_sigmas)
         self.pace.begin_step(step)
-        self.plan.expect(range(step, self.steps), self.settings.interpolate, _stop_if_cancelled)
+        stop_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
+        self.plan.expect(range(step, self.steps), self.settings.interpolate, stop_if_cancelled)
         self._sizes = self._sizes or unet_sizes(model, self.family, self.device)
         evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
         try:
@@ -429,7 +426,7 @@ class _Evaluation:
 
     def _evaluate(self, conds, frames, step_pass, source: bool = False) -> list[Tensor]:
         """``calc_cond_batch`` of some frames under a pass; the source branch reads the trajectory instead of x."""
-        _stop_if_cancelled()
+        comfy.model_management.throw_exception_if_processing_interrupted()
         rows = self.edit.rows(frames)
         if source:
             x = self.edit.trajectory.at(self.sigma, list(frames)).to(self.x.dtype)
