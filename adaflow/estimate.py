@@ -201,6 +201,11 @@ def refuse_too_large(needs: Needs, free: dict[str, int], where: str, what: str, 
         )
 
 
+def plural(number: int, what: str) -> str:
+    """The number and the noun, which takes an s in the plural."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the words of a person who waits."""
     if seconds < 10:

@@ -14,6 +14,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..adaflow.errors import InputError, require, require_one_of
+from ..adaflow.estimate import plural
 from ..adaflow.runs import Run, open_run, remove_old_runs
 from .patching.preview import NodeText
 
@@ -49,7 +50,7 @@ def clip_latent(latent: dict, where: str, input_name: str = "latent") -> Tensor:
         len(bad) == 0,
         where,
         input_name,
-        f"not finite (NaN or infinite) in {len(bad)} frames, the first is {int(bad[0]) if len(bad) else 0}",
+        f"not finite (NaN or infinite) in {plural(len(bad), 'frame')}, the first is {int(bad[0]) if len(bad) else 0}",
         "finite values; a VAE in half precision makes such latents: start ComfyUI with --fp32-vae or --bf16-vae",
     )
     return samples

@@ -16,7 +16,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...adaflow.estimate import Pace, UNetSizes
+from ...adaflow.estimate import Pace, UNetSizes, plural
 from ...adaflow.memory import is_out_of_memory, to_device
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
@@ -222,7 +222,7 @@ class EditEvaluator:
             shelf.move_to_host()
             comfy.model_management.soft_empty_cache()
             return
-        doing = f"beside {len(self.plan.clips)} keyframes of {8 * x.shape[3]}x{8 * x.shape[2]} pixels"
+        doing = f"beside {plural(len(self.plan.clips), 'keyframe')} of {8 * x.shape[3]}x{8 * x.shape[2]} pixels"
         change = (
             "use a smaller size, or fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select)"
         )

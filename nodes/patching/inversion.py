@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...adaflow.ddim import ddim_timesteps, inversion_step, sigma_to_mu
 from ...adaflow.descriptors import DescriptorWriter
-from ...adaflow.estimate import Pace, inversion_needs
+from ...adaflow.estimate import Pace, inversion_needs, plural
 from ...adaflow.storage import Beside
 from ...adaflow.trajectory import TrajectoryWriter
 from .evaluator import Ahead, auto_chunk, prompts_on_device
@@ -160,7 +160,7 @@ def invert(
     inference = ChunkedInference(unet_family(model_patcher, where), chunk_to_go_on_with(chunk, trajectory.chunk))
     if trajectory.level < last:
         inference.pace = Pace(last * evaluations, lambda line: text.put("time", line))
-        work = f"{last} steps of {evaluations} evaluations" if refine else f"{last} steps"
+        work = plural(last, "step") + (f" of {evaluations} evaluations" if refine else "")
         _announce(model_patcher, inference, latent, work, where, text)
 
     def counted(number: int, denoised: Tensor, x: Tensor, _) -> None:  # ComfyUI takes a step for one evaluation
@@ -294,7 +294,7 @@ def _announce(model_patcher, inference: ChunkedInference, latent: Tensor, work: 
     chunk = inference.chunk or auto_chunk(unet, latent.shape, 1, device)
     needs = inversion_needs(unet, latent.shape, chunk)
     height, width = latent.shape[2:]
-    got = f"{latent.shape[0]} frames, {work}, {8 * width}x{8 * height} pixels"
+    got = f"{plural(latent.shape[0], 'frame')}, {work}, {8 * width}x{8 * height} pixels"
     announce(needs, device, where, "latent", got, "use fewer frames or a smaller size", text)
 
 

@@ -7,7 +7,16 @@ import comfy.model_management
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 
-from ...adaflow.estimate import FAST_FORWARD_MAPS, FORWARD_MAPS, Attention, Needs, UNetSizes, describe, refuse_too_large
+from ...adaflow.estimate import (
+    FAST_FORWARD_MAPS,
+    FORWARD_MAPS,
+    Attention,
+    Needs,
+    UNetSizes,
+    describe,
+    plural,
+    refuse_too_large,
+)
 from ...adaflow.memory import SmallestBlockError, give_back_ram, is_out_of_memory
 from . import fast_blocks
 from .families import UNetFamily
@@ -150,7 +159,7 @@ def halved(error: Exception, tried: int, doing: str, change: str, device: torch.
             amount(device) / 1e9
             for amount in (comfy.model_management.get_free_memory, comfy.model_management.get_total_memory)
         )
-        tight = f"AdaFlow: out of memory with {tried} frames at a time, which cannot be fewer, {doing}"
+        tight = f"AdaFlow: out of memory with {plural(tried, 'frame')} at a time, which cannot be fewer, {doing}"
         if isinstance(error, SmallestBlockError):  # what fails is not the frames' forward
             tight = str(error)
         raise RuntimeError(f"{tight}; {free:.2f} of {total:.2f} GB are free on {device}: {change}") from error

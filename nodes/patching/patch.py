@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...adaflow.errors import InputError, require
-from ...adaflow.estimate import EDIT_LATENTS, Pace, edit_needs
+from ...adaflow.estimate import EDIT_LATENTS, Pace, edit_needs, plural
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import fast_blocks
@@ -192,8 +192,9 @@ class EditPatch:
         waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least
         on_host = better_on_host(waiting, noise.device)
         needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host, in_ram)
+        counts = {"frame": len(self.frames), "keyframe": keyframes, "step": len(sigmas) - 1}
         pixels = f"{8 * noise.shape[3]}x{8 * noise.shape[2]} pixels"
-        got = f"{len(self.frames)} frames, {keyframes} keyframes, {len(sigmas) - 1} steps, {pixels}"
+        got = ", ".join([*(plural(number, what) for what, number in counts.items()), pixels])
         change = (
             "use fewer keyframes (lower thresholds or a higher max_clip in AdaFlow Keyframe Select), a smaller size or "
             "fewer frames"

@@ -7,7 +7,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...adaflow.estimate import vae_needs
+from ...adaflow.estimate import plural, vae_needs
 from .memory import announce, halved
 
 
@@ -29,7 +29,7 @@ def announce_vae(method, vae, size, count, chunk, where, what, text, latents=Non
     shape = (1, 3, height, width) if method == "encode" else (1, 4, height // 8, width // 8)
     needs = vae_needs(int(estimate(shape, kind)) if estimate else 0, width, height, min(chunk, count), latents)
     device = getattr(vae, "device", None) or comfy.model_management.vae_device()
-    got = f"{count} frames, {width}x{height} pixels"
+    got = f"{plural(count, 'frame')}, {width}x{height} pixels"
     announce(needs, device, where, what, got, "use fewer frames or a smaller size", text)
 
 

@@ -68,7 +68,7 @@ def test_nan_latents(graph, value, comfy_folders):
     bad = graph.latent.clone()
     bad[2, 0, 0, 0] = value
     files = set(comfy_folders.rglob("*"))
-    with refuses("AdaFlowDDIMInvert", "latent", "not finite", "1 frames", "first is 2", "fp32-vae"):
+    with refuses("AdaFlowDDIMInvert", "latent", "not finite", "1 frame,", "first is 2", "fp32-vae"):
         AdaFlowDDIMInvert.execute(graph.model, graph.source, {"samples": bad}, 2)
     with refuses("AdaFlowExtractDescriptors", "latent", "not finite"):
         AdaFlowExtractDescriptors.execute(graph.model, {"samples": bad}, 0, 1, -1, 0)

@@ -328,5 +328,5 @@ def out_of_memory_above(model, frames):
 def test_out_of_memory_halves_the_chunk_and_goes_on(graph):
     expected = graph.edit()
     assert oracles.relative_error(graph.edit(model=out_of_memory_above(graph.model, 1)), expected) < 1e-5
-    with pytest.raises(RuntimeError, match=r"out of memory with 1 frames.*smaller size, or fewer keyframes"):
+    with pytest.raises(RuntimeError, match=r"out of memory with 1 frame at.*smaller size, or fewer keyframes"):
         graph.edit(model=out_of_memory_above(graph.model, 0))

@@ -108,7 +108,7 @@ def test_the_chunk_is_halved_and_the_size_that_fits_remembered(graph, stage, err
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_frame_that_does_not_fit_is_an_error_with_numbers(graph, stage):
     whole = STAGES[stage](graph, 2)
-    numbers = r"out of memory with 1 frames .*96x64 pixels.* [\d.]+ of [\d.]+ GB are free on \w+: use .*smaller size"
+    numbers = r"out of memory with 1 frame .*96x64 pixels.* [\d.]+ of [\d.]+ GB are free on \w+: use .*smaller size"
     with holding(graph.model.model.diffusion_model, "_forward", 0), pytest.raises(RuntimeError, match=numbers):
         STAGES[stage](graph, FRAMES)
     assert all(torch.equal(a, b) for a, b in zip(STAGES[stage](graph, 2), whole, strict=True))
@@ -177,7 +177,7 @@ def test_keyframe_selection_compares_fewer_frames(graph, monkeypatch):
     assert select(graph.descriptors).clips == whole.clips
     assert [n for n in compared if n > 2] == [7, 4]
     monkeypatch.setattr(keyframes, "nearest_tokens", lambda *_: limited(torch.zeros(3), None))
-    with pytest.raises(RuntimeError, match=r"out of memory with 1 frames .* 12x8 tokens.* GB are free on"):
+    with pytest.raises(RuntimeError, match=r"out of memory with 1 frame .* 12x8 tokens.* GB are free on"):
         select(graph.descriptors)
 
 
@@ -261,7 +261,7 @@ def test_the_vae_gets_fewer_frames_and_no_tiles(vae, stage, error):
 @pytest.mark.parametrize("stage", VAE_STAGES)
 def test_one_frame_that_does_not_fit_the_vae_is_left_to_its_tiles_and_then_is_an_error(vae, stage, comfy_folders):
     with holding(vae.first_stage_model, stage, 0) as shapes:
-        numbers = rf"out of memory with 1 frames .* to {stage} frames .* GB are free on .*smaller size.*--cpu-vae"
+        numbers = rf"out of memory with 1 frame .* to {stage} frames .* GB are free on .*smaller size.*--cpu-vae"
         with pytest.raises(RuntimeError, match=numbers):
             VAE_STAGES[stage](vae, FRAMES)
     assert [shape[0] for shape in shapes[:4]] == [8, 4, 2, 1] and len(shapes) == 5

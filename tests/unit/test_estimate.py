@@ -15,6 +15,7 @@ from adaflow_pack.adaflow.estimate import (
     duration,
     edit_needs,
     inversion_needs,
+    plural,
     refuse_too_large,
 )
 
@@ -129,3 +130,8 @@ def test_what_is_done_once_is_not_counted_for_every_step():
 @pytest.mark.parametrize(("seconds", "words"), [(0.26, "0.3 s"), (61, "61 s"), (600, "10 min"), (54_000, "15.0 h")])
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(("number", "words"), [(0, "0 frames"), (1, "1 frame"), (2, "2 frames")])
+def test_one_takes_no_plural(number, words):
+    assert plural(number, "frame") == words
