@@ -22,6 +22,17 @@ NEGATIVE = "ugly, blurry, low res, unrealistic, unaesthetic"
 DEMO_EDIT = demo_clip().edited(colour="blue").caption()
 CHECKPOINT, CONTROLNET = "v1-5-pruned-emaonly-fp16.safetensors", "control_v11p_sd15_canny_fp16.safetensors"
 WIDGET_HEIGHT, SLOT_HEIGHT, GAP = 26, 21, 60
+TEXT, PICTURE = 100, 250  # of up to five lines, say what is needed and how long it takes; of a preview
+SHOWS = {  # what a node shows below its widgets
+    "PreviewImage": PICTURE,
+    "AdaFlowLoadVideo": PICTURE + 50,
+    "AdaFlowEncodeVideo": TEXT // 2,
+    "AdaFlowDDIMInvert": TEXT,
+    "AdaFlowKeyframeSelect": PICTURE + 50,
+    "AdaFlowJointKeyframeEdit": PICTURE + TEXT,
+    "AdaFlowTokenPropagate": TEXT,
+    "AdaFlowSaveVideo": PICTURE + TEXT,
+}
 
 
 class Node:
@@ -44,8 +55,7 @@ class Node:
         widgets = sum(1 + spec.may_be_controlled for spec in self.specs if spec.is_widget)
         slots = max(sum(not spec.is_widget for spec in self.specs), len(self.info["output"]))
         extra = sum(70 for spec in self.specs if spec.options.get("multiline"))
-        shows = {"PreviewImage": 250, "AdaFlowSaveVideo": 260, "AdaFlowLoadVideo": 300}.get(self.kind, 0)
-        shows += 300 if self.kind in ("AdaFlowJointKeyframeEdit", "AdaFlowKeyframeSelect") else 0
+        shows = SHOWS.get(self.kind, 0)
         return 40 + widgets * WIDGET_HEIGHT + slots * SLOT_HEIGHT + extra + shows
 
     def values(self) -> list:

@@ -280,7 +280,7 @@ def extract_descriptors(
 
     inference = ChunkedInference(family, chunk, mean_feature, Pace(1, lambda line: text.put("time", line)))
     inference.pace.begin_step(0)
-    _announce(model_patcher, inference, latent, f"{ensemble} noise draws", where, text)
+    _announce(model_patcher, inference, latent, plural(ensemble, "noise draw"), where, text)
     try:
         _sample(inference.patch(model_patcher), conditioning, latent, sampler, [sigma, 0.0])
     finally:
