@@ -6,6 +6,8 @@ smaller, and so is the grid of tokens of each block: by :class:`DemoConfig` it h
 """
 
 import copy
+import functools
+import json
 from pathlib import Path
 
 import comfy.latent_formats
@@ -16,12 +18,14 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ...adaflow.demo.weights import unpack
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "demo_model" / "weights.safetensors"
+PREVIEW = WEIGHTS.with_name("preview.json")  # by training/preview_colours.py
 UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -66,12 +70,36 @@ VAE = {
 EMBEDDING = "transformer.text_model.embeddings.token_embedding.weight"
 
 
+class DemoLatents(comfy.latent_formats.SD15):
+    """SD 1.x's scale, and colours for previews of its own, where ComfyUI takes more than one value for a pixel's."""
+
+    taesd_decoder_name = None
+
+    def __init__(self):
+        super().__init__()
+        if hasattr(comfy.latent_formats.LatentFormat, "latent_rgb_factors_reshape"):
+            self.latent_rgb_factors, self.latent_rgb_factors_bias = torch.eye(3).tolist(), None
+            self.latent_rgb_factors_reshape = preview_colours
+
+
+@functools.cache
+def _preview_weights() -> tuple[Tensor, Tensor]:
+    held = json.loads(PREVIEW.read_text())
+    return torch.tensor(held["weight"]), torch.tensor(held["bias"])
+
+
+def preview_colours(latent: Tensor) -> Tensor:
+    """Approximate colours, (frames, 3, height, width) from -1 to 1, of a latent as the UNet takes it."""
+    weight, bias = (values.to(latent) for values in _preview_weights())
+    return F.conv2d(F.pad(latent, (1, 1, 1, 1), mode="replicate"), weight, bias)
+
+
 class DemoConfig(comfy.supported_models_base.BASE):
     """SD 1.x (noise prediction, its beta schedule and latents) around :data:`UNET`."""
 
     unet_config = {}
     unet_extra_config = {}
-    latent_format = comfy.latent_formats.SD15
+    latent_format = DemoLatents
     memory_usage_factor = 1.0
 
 

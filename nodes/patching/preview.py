@@ -47,8 +47,11 @@ def latent_rgb(model_patcher, latent: Tensor) -> Tensor:
         (frames, ..., 3) in 0 .. 1.
     """
     latent_format = model_patcher.model.latent_format
-    pixels = latent_format.process_in(latent).movedim(1, -1).float()
-    factors = latent_format.latent_rgb_factors
+    values = latent_format.process_in(latent).float()
+    reshape = getattr(latent_format, "latent_rgb_factors_reshape", None)
+    if reshape is not None:  # takes images: a column is one that is a pixel wide
+        values = reshape(values) if values.ndim == 4 else reshape(values[..., None])[..., 0]
+    pixels, factors = values.movedim(1, -1), latent_format.latent_rgb_factors
     if factors is None:
         return pixels.mean(-1, keepdim=True).expand(*pixels.shape[:-1], 3).sigmoid()
     bias = latent_format.latent_rgb_factors_bias

@@ -9,15 +9,20 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.latent_formats
+import latent_preview
+import numpy as np
 import pytest
 import torch
 from adaflow_pack.adaflow import matching, slimming
+from adaflow_pack.adaflow.demo import Scene, render
 from adaflow_pack.adaflow.demo.weights import pack, unpack
 from adaflow_pack.adaflow.errors import InputError
 from adaflow_pack.nodes.demo_clip import AdaFlowDemoClip
 from adaflow_pack.nodes.demo_model import AdaFlowLoadDemoModel
 from adaflow_pack.nodes.patching import families
 from adaflow_pack.nodes.patching.demo_model import DemoConfig
+from adaflow_pack.nodes.patching.preview import latent_rgb
 from demo_samples import BUDGET, FRAMES, DemoEdit, picture, weights_hash
 from models import small_model
 
@@ -179,3 +184,20 @@ def test_torchs_random_state_is_left_alone():
     torch.manual_seed(5)
     AdaFlowLoadDemoModel.execute()
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_previews_show_the_colours_of_the_picture(demo, monkeypatch):
+    model, _, vae = demo
+    if not hasattr(comfy.latent_formats.LatentFormat, "latent_rgb_factors_reshape"):
+        pytest.skip("this ComfyUI takes one latent value for a pixel's preview")
+    scenes = [Scene.random(seed) for seed in range(16)]
+    images = render(scenes, torch.zeros(16), torch.zeros(16), 128, 192).images
+    latent, truth = vae.encode(images.movedim(1, -1)), torch.nn.functional.avg_pool2d(images, 8).movedim(1, -1)
+    shown = latent_rgb(model, latent)
+    assert (shown - truth).square().mean().sqrt() < 0.6 * truth.std()
+    column = latent_rgb(model, latent[..., 12])  # without its neighbours
+    assert (column - truth[:, :, 12]).square().mean().sqrt() < 0.9 * truth.std()
+    monkeypatch.setattr(latent_preview.args, "preview_method", latent_preview.LatentPreviewMethod.Auto)
+    own = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
+    pixels = torch.from_numpy(np.array(own.decode_latent_to_preview(model.model.latent_format.process_in(latent))))
+    assert (pixels / 255 - shown[0]).abs().max() < 0.01
