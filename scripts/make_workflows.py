@@ -22,15 +22,16 @@ NEGATIVE = "ugly, blurry, low res, unrealistic, unaesthetic"
 DEMO_EDIT = demo_clip().edited(colour="blue").caption()
 CHECKPOINT, CONTROLNET = "v1-5-pruned-emaonly-fp16.safetensors", "control_v11p_sd15_canny_fp16.safetensors"
 WIDGET_HEIGHT, SLOT_HEIGHT, GAP = 26, 21, 60
-TEXT, PICTURE = 100, 250  # of up to five lines, say what is needed and how long it takes; of a preview
+TEXT, PICTURE = 100, 250  # of up to five lines that say what is needed and how long it takes; of a picture
+PREVIEW = 220  # where ComfyUI shows one while it samples
 SHOWS = {  # what a node shows below its widgets
     "PreviewImage": PICTURE,
     "AdaFlowLoadVideo": PICTURE + 50,
     "AdaFlowEncodeVideo": TEXT // 2,
-    "AdaFlowDDIMInvert": TEXT,
+    "AdaFlowDDIMInvert": TEXT + PREVIEW,
     "AdaFlowKeyframeSelect": PICTURE + 50,
     "AdaFlowJointKeyframeEdit": PICTURE + TEXT,
-    "AdaFlowTokenPropagate": TEXT,
+    "AdaFlowTokenPropagate": TEXT + PREVIEW,
     "AdaFlowSaveVideo": PICTURE + TEXT,
 }
 
