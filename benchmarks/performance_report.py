@@ -66,6 +66,11 @@ class Case:
         return self.file.split("-")[0].upper()
 
     @property
+    def repeated(self) -> bool:
+        """Whether it was measured again since."""
+        return "performance-earlier" in self.file
+
+    @property
     def editing(self) -> float:
         """Seconds of 50 steps."""
         return SHARES[0] * self.injecting + SHARES[1] * self.past
@@ -139,7 +144,11 @@ def case_table(found: list[Case]) -> str:
 def one_of(found: list[Case], kind: str, frames: int = 1000, keyframes: int | None = None) -> Case | None:
     """The case of that kind at budget 20 and, by default, 40 keyframes for each 1000 frames; one with a whole first."""
     keyframes = keyframes or frames // 25
-    fitting = [c for c in found if (c.kind, c.frames, c.keyframes, c.budget) == (kind, frames, keyframes, 20)]
+    fitting = [
+        c
+        for c in found
+        if not c.repeated and (c.kind, c.frames, c.keyframes, c.budget) == (kind, frames, keyframes, 20)
+    ]
     return min(fitting, key=lambda case: case.minutes is None, default=None)
 
 
@@ -266,7 +275,11 @@ def plot(found: list[Case], by: str, chosen, baselines: dict, path: Path) -> Non
     for name, points in baselines.items():
         for axis, column in zip(axes, (1, 2), strict=True):
             axis.plot([p[0] for p in points], [p[column] for p in points], "x--", label=name)
-    shown = [c for c in found if chosen(c) and c.kind.startswith(("earlier", "eager")) and "at a time" not in c.kind]
+    shown = [
+        c
+        for c in found
+        if chosen(c) and not c.repeated and c.kind.startswith(("earlier", "eager")) and "at a time" not in c.kind
+    ]
     for gpu, kind in dict.fromkeys((case.gpu, case.kind) for case in shown):
         points = sorted((getattr(c, by), c.injecting, c.peak) for c in shown if (c.gpu, c.kind) == (gpu, kind))
         for axis, column in zip(axes, (1, 2), strict=True):
