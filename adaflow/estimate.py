@@ -15,6 +15,7 @@ LATENT_VALUE = 4  # bytes: sampling is in float32
 FORWARD_MAPS = 20  # of the largest layer that a frame's forward holds at its peak, skip connections included
 FAST_FORWARD_MAPS = 12  # the same with fused norms and feed forwards in slices
 EDIT_LATENTS, INVERSION_LATENTS = 9, 8  # copies of the clip's latent that sampling holds on the device
+MASK_LATENTS = 2, 3  # more, at least and about, where a noise mask keeps parts of the source
 GIVEN_LATENTS = 3, 4  # at least, about: what ComfyUI holds there while a sampler runs on others in RAM, and shows
 RAM_LATENTS = 4  # copies of it in RAM: the node's input and result, and what is being written
 PIXEL_COPIES = 3  # of a chunk of frames in RAM: from the VAE, as float32, as they are coded
@@ -139,6 +140,7 @@ def edit_needs(
     injecting: bool,
     on_host: bool = False,
     latents_in_ram: bool = False,
+    masked: bool = False,
 ) -> Needs:
     """Memory of an edit.
 
@@ -150,6 +152,7 @@ def edit_needs(
         injecting: whether any step injects features of the source.
         on_host: whether what the keyframes leave for the rest of a step waits in host memory.
         latents_in_ram: whether the sampler works there, on copies of what it is given on the device.
+        masked: whether there is a noise mask.
     """
     size = shape[2:]
     keyframe = unet.keyframe_bytes(size, branches, injecting)
@@ -160,9 +163,11 @@ def edit_needs(
     cached = Amount(0, min(CACHE_BYTES, shape[0] * 4 * size[0] * size[1]))
     moved = Amount(waiting, keyframes * keyframe.about) if on_host else Amount(0, 0)
     ram = _latents(shape, 2, RAM_LATENTS) + cached + moved
-    latents = _latents(shape, 3 + branches, EDIT_LATENTS)
+    latents, given = _latents(shape, 3 + branches, EDIT_LATENTS), _latents(shape, *GIVEN_LATENTS)
+    if masked:
+        latents, given = latents + _latents(shape, *MASK_LATENTS), given + _latents(shape, 1, 1)
     if latents_in_ram:
-        latents, ram = _latents(shape, *GIVEN_LATENTS), ram + latents
+        latents, ram = given, ram + latents
     return Needs(latents + kept + forward, ram)
 
 

@@ -99,7 +99,7 @@ class EditPatch:
         in_ram = self.latents_in_ram
         if in_ram is None:
             in_ram = _better_in_ram(noise, executor.class_obj, extra_args["model_options"])
-        on_host = self._announce(guider, sigmas, noise, text, in_ram)
+        on_host = self._announce(guider, sigmas, noise, text, in_ram, denoise_mask is not None)
         if in_ram:  # the sampler's own arithmetic, which is little, is done there too
             noise, latent_image, sigmas = noise.cpu(), latent_image.cpu(), sigmas.cpu()
             denoise_mask = denoise_mask if denoise_mask is None else denoise_mask.cpu()
@@ -178,7 +178,7 @@ class EditPatch:
                 name,
             )
 
-    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText, in_ram: bool) -> bool:
+    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText, in_ram: bool, masked: bool) -> bool:
         """Show what will be sampled and what that takes; refuse what surely does not fit.
 
         Returns:
@@ -191,7 +191,7 @@ class EditPatch:
         injecting = max(settings.feature_share, settings.attention_share) > 0
         waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least
         on_host = better_on_host(waiting, noise.device)
-        needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host, in_ram)
+        needs = edit_needs(unet, noise.shape, keyframes, branches, chunk, injecting, on_host, in_ram, masked)
         counts = {"frame": len(self.frames), "keyframe": keyframes, "step": len(sigmas) - 1}
         pixels = f"{8 * noise.shape[3]}x{8 * noise.shape[2]} pixels"
         got = ", ".join([*(plural(number, what) for what, number in counts.items()), pixels])

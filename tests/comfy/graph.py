@@ -21,7 +21,7 @@ def each_frame(descriptors):
     return select(descriptors, mean=-1.0, window=-1.0, max_clip=1)
 
 
-def plain_euler(model, latent, sigmas, positive, negative, cfg, sampler="euler"):
+def plain_euler(model, latent, sigmas, positive, negative, cfg, sampler="euler", mask=None):
     """ComfyUI's own sampling from ``latent`` with no noise and no AdaFlow."""
     import comfy.sample
     import comfy.samplers
@@ -35,6 +35,7 @@ def plain_euler(model, latent, sigmas, positive, negative, cfg, sampler="euler")
         positive,
         negative,
         latent,
+        noise_mask=mask,
         disable_pbar=True,
         seed=0,
     )

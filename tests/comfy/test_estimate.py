@@ -75,6 +75,21 @@ def test_an_edit_takes_what_is_said(frames, keyframes, size):
     assert 0.6 * measured.peak <= total.about - sizes.weight_bytes <= 1.5 * measured.peak
 
 
+def test_a_noise_mask_takes_what_is_said():
+    model, shape, peaks = small_model("sd1"), (300, 4, 8, 8), []
+    graph = Graph("sd1", latent=clip_latent(shape[0], shape[2:]), steps=2, model=model)
+    plan = select(graph.descriptors, -1.0, -1.0, max_clip=shape[0] // 2, mode="fixed")
+    for mask in (None, torch.rand(1, 64, 64)):
+        patched = graph.patch(plan, chunk=8)
+        with TensorMemory() as measured:
+            plain_euler(patched, graph.latent, graph.sigmas()[-2:], graph.positive, graph.negative, 3.0, mask=mask)
+        peaks.append(measured.peak)
+    sizes = unet_sizes(model.model, unet_family(model, "test"), torch.device("cpu"))
+    without, masked = (edit_needs(sizes, shape, 2, 2, 8, True, masked=masked).device for masked in (False, True))
+    assert masked.least - without.least <= peaks[1] - peaks[0]
+    assert masked.about - without.about == pytest.approx(peaks[1] - peaks[0], rel=0.15)
+
+
 @pytest.mark.parametrize("refine", [0, 1])
 def test_an_inversion_of_many_frames_takes_what_is_said(refine):
     model, shape = small_model("sd1"), (600, 4, 8, 8)

@@ -60,6 +60,8 @@ def test_latents_that_are_sampled_in_ram_leave_those_that_were_given_on_the_devi
     assert here.device.about - there.device.about == (EDIT_LATENTS - 4) * one
     assert here.device.least - there.device.least == 2 * one
     assert there.ram.about - here.ram.about == EDIT_LATENTS * one
+    masked = edit_needs(sd21(), shape, 160, 2, 8, True, True, True, True)
+    assert masked.device.about - there.device.about == one  # as it is given; the sampler's own are in RAM
 
 
 @pytest.mark.parametrize("file", ["h100-stages-1000.json", "h100-stages-250-125.json"])
