@@ -242,7 +242,12 @@ def test_an_edit_goes_on_after_its_last_whole_step(graph, sampler, caplog):
 def test_an_edit_goes_on_with_its_latents_where_they_were(graph, sampler, in_ram, monkeypatch):
     """In RAM or on the device, whichever is better by now: a sampler's arithmetic differs there in its last bits."""
     where, announce = [], patch.EditPatch._announce
-    monkeypatch.setattr(patch.EditPatch, "_announce", lambda *args: where.append(args[-1]) or announce(*args))
+
+    def noting(edit_patch, guider, sigmas, noise, text, in_ram, masked):
+        where.append(in_ram)
+        return announce(edit_patch, guider, sigmas, noise, text, in_ram, masked)
+
+    monkeypatch.setattr(patch.EditPatch, "_announce", noting)
     _, edit = graph.joint(sampler=sampler)
     with forwards(graph.model) as calls:
         propagate(edit, AFRESH)
