@@ -141,14 +141,9 @@ def case_table(found: list[Case]) -> str:
     return table(head, rows)
 
 
-def one_of(found: list[Case], kind: str, frames: int = 1000, keyframes: int | None = None) -> Case | None:
-    """The case of that kind at budget 20 and, by default, 40 keyframes for each 1000 frames; one with a whole first."""
-    keyframes = keyframes or frames // 25
-    fitting = [
-        c
-        for c in found
-        if not c.repeated and (c.kind, c.frames, c.keyframes, c.budget) == (kind, frames, keyframes, 20)
-    ]
+def one_of(found: list[Case], kind: str) -> Case | None:
+    """The case of that kind of 1000 frames with 40 keyframes and a budget of 20; one with a whole first."""
+    fitting = [c for c in found if (c.kind, c.frames, c.keyframes, c.budget) == (kind, 1000, 40, 20)]
     return min(fitting, key=lambda case: case.minutes is None, default=None)
 
 
@@ -313,7 +308,7 @@ def sections() -> dict[str, str]:
     """The page's parts, by the name in their markers."""
     found = cases()
     return {
-        **{f"targets on an {gpu}": target_table([case for case in found if case.gpu == gpu]) for gpu in GPUS},
+        **{f"targets on an {gpu}": target_table([c for c in found if c.gpu == gpu and not c.repeated]) for gpu in GPUS},
         "cases": case_table(found),
         "profile": profile_table(),
         "attention": attention_table(),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...adaflow.attention import frame_attention
 from ...adaflow.memory import is_out_of_memory
 from .fast_blocks import BLOCK_PATCHES
-from .taps import restore_method
+from .taps import replace_method
 
 logger = logging.getLogger(__name__)
 BACKEND = "inductor"
@@ -157,11 +157,9 @@ def _first(x, *args, **kwargs):
 @contextmanager
 def _passed_through(attentions):
     """While held, these return their input."""
-    before = [(attn, vars(attn).get("forward")) for attn in attentions]
+    undo = [replace_method(attn, "forward", _first) for attn in attentions]
     try:
-        for attn, _ in before:
-            attn.forward = _first
         yield
     finally:
-        for attn, forward in before:
-            restore_method(attn, "forward", forward)
+        for restore in undo:
+            restore()

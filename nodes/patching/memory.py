@@ -21,7 +21,7 @@ from ...adaflow.memory import SmallestBlockError, give_back_ram, is_out_of_memor
 from . import fast_blocks
 from .families import UNetFamily
 from .preview import NodeText
-from .taps import restore_method, self_attentions
+from .taps import replace_method, self_attentions
 
 logger = logging.getLogger(__name__)
 HOST_SHARE = 0.25  # of the free memory
@@ -92,16 +92,15 @@ def batched_by(unet: UNetSizes, model):
     A chunk was chosen for all branches in one forward. ComfyUI's estimate of that, from the area alone, is nearly three
     times as much in half precision: without this a GPU of 8 GB or less gets twice the forwards, of half the size.
     """
-    replaced = vars(model).get("memory_required")
 
     def memory_required(input_shape, cond_shapes=None):
         return input_shape[0] * unet.frame_bytes(tuple(input_shape[2:])) / BATCHING_MARGIN
 
-    model.memory_required = memory_required
+    restore = replace_method(model, "memory_required", memory_required)
     try:
         yield
     finally:
-        restore_method(model, "memory_required", replaced)
+        restore()
 
 
 def has_host(device: torch.device) -> bool:

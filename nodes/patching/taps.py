@@ -146,9 +146,7 @@ def tapped(unet: nn.Module, family: UNetFamily):
     undo = [layouts.release]
 
     def put(module: nn.Module, forward: Callable) -> None:
-        replaced = vars(module).get("forward")
-        undo.append(lambda: restore_method(module, "forward", replaced))
-        module.forward = forward
+        undo.append(replace_method(module, "forward", forward))
 
     def attention_forward(layer: Layer, attn: nn.Module):
         original = attn.forward
@@ -266,11 +264,17 @@ def tapped(unet: nn.Module, family: UNetFamily):
             restore()
 
 
-def restore_method(module: nn.Module, name: str, replaced) -> None:
-    """Take a method off a module again, where there was ``replaced``, or none of its own."""
-    vars(module).pop(name, None)
-    if replaced is not None:
-        setattr(module, name, replaced)
+def replace_method(module: nn.Module, name: str, method: Callable) -> Callable[[], None]:
+    """Give a module a method of its own; returns what takes it off again and puts back one that was there."""
+    replaced = vars(module).get(name)
+    setattr(module, name, method)
+
+    def restore() -> None:
+        vars(module).pop(name, None)
+        if replaced is not None:
+            setattr(module, name, replaced)
+
+    return restore
 
 
 def run_unet(executor, family: UNetFamily, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
