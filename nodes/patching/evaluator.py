@@ -23,7 +23,7 @@ from ...adaflow.trajectory import Trajectory
 from . import lockstep
 from .compiled import BlockCompiler
 from .families import UNetFamily
-from .memory import batched_by, give_back, halved, has_host, unet_sizes
+from .memory import batched_by, give_back, halved, has_host
 from .parking import ParkedSkips
 from .passes import (
     EditJointPass,
@@ -140,6 +140,7 @@ class EditEvaluator:
 
     Args:
         unet: ComfyUI's UNetModel.
+        sizes: its widths, on ``device``.
         frames: frame numbers of the rows of the sampled latent: every frame, or the keyframes alone.
         source_cond: processed conditioning of the source prompt.
         sample_sigmas: descending, of the sampler.
@@ -153,6 +154,7 @@ class EditEvaluator:
     def __init__(
         self,
         unet,
+        sizes: UNetSizes,
         family: UNetFamily,
         plan: EditPlan,
         trajectory: Trajectory,
@@ -171,7 +173,7 @@ class EditEvaluator:
         self._rows = {frame: row for row, frame in enumerate(frames)}
         self.pace, self.device, self.on_host, self.compiler = pace, device, on_host, compiler
         self._chunk, self._latents_in_ram = settings.chunk, latents_in_ram
-        self._sizes: UNetSizes | None = None
+        self._sizes = sizes
         # for copies beside the computing; one for all, since the allocator keeps memory by stream
         self.copying = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -194,7 +196,6 @@ class EditEvaluator:
         self.pace.begin_step(step)
         stop_if_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
         self.plan.expect(range(step, self.steps), self.settings.interpolate, stop_if_cancelled)
-        self._sizes = self._sizes or unet_sizes(model, self.family, self.device)
         evaluation = _Evaluation(self, executor, model, conds, x, timestep, model_options, sigma, step)
         try:
             with tapped(self.unet, self.family), batched_by(self._sizes, model):

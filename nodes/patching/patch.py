@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...adaflow.errors import InputError, require
-from ...adaflow.estimate import EDIT_LATENTS, Pace, edit_needs, plural
+from ...adaflow.estimate import EDIT_LATENTS, Pace, UNetSizes, edit_needs, plural
 from ...adaflow.plan import EditPlan
 from ...adaflow.trajectory import Trajectory
 from . import fast_blocks
@@ -99,7 +99,8 @@ class EditPatch:
         in_ram = self.latents_in_ram
         if in_ram is None:
             in_ram = _better_in_ram(noise, executor.class_obj, extra_args["model_options"])
-        on_host = self._announce(guider, sigmas, noise, text, in_ram, denoise_mask is not None)
+        sizes = unet_sizes(model, self.family, device)
+        on_host = self._announce(guider, sigmas, noise, sizes, text, in_ram, denoise_mask is not None)
         if in_ram:  # the sampler's own arithmetic, which is little, is done there too
             noise, latent_image, sigmas = noise.cpu(), latent_image.cpu(), sigmas.cpu()
             denoise_mask = denoise_mask if denoise_mask is None else denoise_mask.cpu()
@@ -111,6 +112,7 @@ class EditPatch:
         compiler = self._compiler(model, device, text)
         run = EditEvaluator(
             model.diffusion_model,
+            sizes,
             self.family,
             self.plan,
             self.trajectory,
@@ -178,15 +180,16 @@ class EditPatch:
                 name,
             )
 
-    def _announce(self, guider, sigmas: Tensor, noise: Tensor, text: NodeText, in_ram: bool, masked: bool) -> bool:
+    def _announce(
+        self, guider, sigmas: Tensor, noise: Tensor, unet: UNetSizes, text: NodeText, in_ram: bool, masked: bool
+    ) -> bool:
         """Show what will be sampled and what that takes; refuse what surely does not fit.
 
         Returns:
             Whether activations of the keyframes are to wait in host memory.
         """
-        model, settings, keyframes = guider.inner_model, self.settings, len(self.plan.clips)
+        settings, keyframes = self.settings, len(self.plan.clips)
         branches = 1 if getattr(guider, "cfg", 1.0) == 1.0 else 2
-        unet = unet_sizes(model, self.family, noise.device)
         chunk = settings.chunk or auto_chunk(unet, noise.shape, branches, noise.device)
         injecting = max(settings.feature_share, settings.attention_share) > 0
         waiting = keyframes * unet.keyframe_bytes(noise.shape[2:], branches, injecting).least

@@ -243,9 +243,9 @@ def test_an_edit_goes_on_with_its_latents_where_they_were(graph, sampler, in_ram
     """In RAM or on the device, whichever is better by now: a sampler's arithmetic differs there in its last bits."""
     where, announce = [], patch.EditPatch._announce
 
-    def noting(edit_patch, guider, sigmas, noise, text, in_ram, masked):
+    def noting(edit_patch, guider, sigmas, noise, unet, text, in_ram, masked):
         where.append(in_ram)
-        return announce(edit_patch, guider, sigmas, noise, text, in_ram, masked)
+        return announce(edit_patch, guider, sigmas, noise, unet, text, in_ram, masked)
 
     monkeypatch.setattr(patch.EditPatch, "_announce", noting)
     _, edit = graph.joint(sampler=sampler)
